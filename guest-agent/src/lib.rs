@@ -1,0 +1,2 @@
+//! The agent's contract with the host.
+#![forbid(unsafe_code)]

@@ -1,0 +1,1 @@
+//! Plain data that a component saves and is restored from.

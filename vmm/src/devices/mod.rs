@@ -1,0 +1,8 @@
+//! Emulated devices.
+//!
+//! Devices know guest memory, [`interrupt::Interrupt`] and eventfds; they never see KVM,
+//! so each of them is tested by a fake driver on a machine without `/dev/kvm`.
+
+pub mod bus;
+pub mod interrupt;
+pub mod virtio;

@@ -1,0 +1,1 @@
+//! Virtio devices (Virtual I/O Device, version 1.2) over MMIO.

@@ -1,0 +1,3 @@
+//! The `vmm` binary: one process per sandbox.
+
+fn main() {}
