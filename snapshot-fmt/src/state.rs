@@ -1,1 +1,3 @@
 //! Plain data that a component saves and is restored from.
+
+pub mod virtio;

@@ -1,0 +1,68 @@
+//! Virtio devices, saved: the transport with its queues, and what each kind of device adds.
+//!
+//! The numbers are the driver's own (guest physical addresses, ring positions), so a reader must
+//! treat every one of them as hostile: the monitor checks them as it checks register writes.
+
+use serde::{Deserialize, Serialize};
+
+/// One split virtqueue (Virtio 1.2, section 2.7).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtqueueState {
+    /// Number of descriptors that the driver chose.
+    pub size: u32,
+    /// Whether the driver has enabled the queue.
+    pub ready: bool,
+    /// Guest physical address of the descriptor table.
+    pub desc_table: u64,
+    /// Guest physical address of the available ring.
+    pub avail_ring: u64,
+    /// Guest physical address of the used ring.
+    pub used_ring: u64,
+    /// Position in the available ring up to which the device has taken chains.
+    pub next_avail: u16,
+    /// Position in the used ring up to which the device has returned chains.
+    pub next_used: u16,
+}
+
+/// A virtio-mmio transport (Virtio 1.2, section 4.2).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioMmioState {
+    /// Virtio device type (section 5).
+    pub device_type: u32,
+    /// Which 32 feature bits `DeviceFeatures` shows.
+    pub device_features_sel: u32,
+    /// Which 32 feature bits `DriverFeatures` takes.
+    pub driver_features_sel: u32,
+    /// Features that the driver accepted.
+    pub driver_features: u64,
+    /// The queue that the queue registers refer to.
+    pub queue_sel: u32,
+    /// Device status (section 2.1).
+    pub status: u32,
+    /// Interrupts that the driver has not acknowledged.
+    pub interrupt_status: u32,
+    /// Generation of the configuration space.
+    pub config_generation: u32,
+    /// The queues, in order.
+    pub queues: Vec<VirtqueueState>,
+}
+
+/// What virtio-blk adds; a restored disk must be the same size and kind.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockState {
+    /// Serial number that the guest reads.
+    pub id: String,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// Size in sectors of 512 bytes.
+    pub sectors: u64,
+}
+
+/// What virtio-vsock adds. Connections do not survive: the guest is told to drop them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    /// The guest's context id.
+    pub cid: u32,
+    /// The next port to give to a connection from the host.
+    pub next_host_port: u32,
+}
