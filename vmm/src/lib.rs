@@ -3,4 +3,16 @@
 //! One process runs one sandbox. See `docs/architecture.md` for the rooms of
 //! this house and the direction in which they may import each other.
 
+pub mod arch;
+pub mod builder;
+pub mod cli;
+pub mod config;
 pub mod devices;
+pub mod event_loop;
+pub mod exit;
+pub mod host;
+pub mod kvm;
+pub mod machine;
+pub mod memory;
+pub mod timings;
+pub mod vcpu;

@@ -1,3 +1,8 @@
 //! The `vmm` binary: one process per sandbox.
 
-fn main() {}
+use std::process::ExitCode;
+use std::time::Instant;
+
+fn main() -> ExitCode {
+    vmm::cli::main(Instant::now())
+}

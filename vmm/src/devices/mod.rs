@@ -5,4 +5,5 @@
 
 pub mod bus;
 pub mod interrupt;
+pub mod serial;
 pub mod virtio;

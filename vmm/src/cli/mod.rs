@@ -1,0 +1,146 @@
+//! The command line: arguments to calls, one file per subcommand.
+//!
+//! Exit statuses: a program's own where one ran (128 + n if signal n killed it), 2 for bad input, and those of [`status`]
+//! where the VM or the monitor failed.
+
+mod boot;
+mod sizes;
+mod vm_args;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Parser, Subcommand};
+use thiserror::Error;
+
+use crate::builder::BuildError;
+use crate::exit::ExitReason;
+use crate::kvm::KvmError;
+
+/// Exit statuses of `vmm` where no program's own is to be had.
+pub mod status {
+    /// Bad input: an argument, a file or the host is not as it must be.
+    pub const BAD_INPUT: u8 = 2;
+    /// A virtual processor died, or KVM gave up.
+    pub const VCPU_DIED: u8 = 120;
+    /// KVM could not emulate an instruction.
+    pub const EMULATION_FAILURE: u8 = 121;
+    /// The guest ended in a triple fault.
+    pub const TRIPLE_FAULT: u8 = 122;
+    /// The guest reset, panicked or powered off before the work was done.
+    pub const GUEST_ENDED: u8 = 123;
+    /// The time given by `--timeout` was over.
+    pub const TIMEOUT: u8 = 124;
+    /// The monitor itself failed.
+    pub const MONITOR: u8 = 125;
+}
+
+/// A microVM monitor that branches.
+#[derive(Debug, Parser)]
+#[command(name = "vmm", version, about, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Boot(boot::BootArgs),
+}
+
+/// A failure that ends the process: a message of one line or more, and a status.
+#[derive(Debug, Error)]
+pub enum CliError {
+    /// Bad input.
+    #[error("{0}")]
+    BadInput(String),
+    /// The machine could not be built.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// The VM ended before the work was done.
+    #[error("{reason}{}", console_tail(.console))]
+    Vm {
+        /// Why.
+        reason: ExitReason,
+        /// The last of what the guest printed.
+        console: String,
+    },
+    /// The time was over.
+    #[error("timed out after {0}")]
+    Timeout(String),
+    /// The monitor itself failed.
+    #[error("{0}")]
+    Monitor(String),
+}
+
+impl CliError {
+    fn status(&self) -> u8 {
+        use KvmError::{ApiVersion, Capability, Missing, Open, Permission};
+        match self {
+            Self::BadInput(_) => status::BAD_INPUT,
+            Self::Build(error) => match error {
+                BuildError::Config(_) | BuildError::Kernel(_) | BuildError::Console { .. } => {
+                    status::BAD_INPUT
+                }
+                BuildError::Boot(_) => status::BAD_INPUT,
+                BuildError::Kvm(Missing | Permission | Open(_) | ApiVersion(_) | Capability(_)) => {
+                    status::BAD_INPUT
+                }
+                _ => status::MONITOR,
+            },
+            Self::Vm { reason, .. } => match reason {
+                ExitReason::Reset | ExitReason::Stopped => status::GUEST_ENDED,
+                ExitReason::TripleFault { .. } => status::TRIPLE_FAULT,
+                ExitReason::Emulation { .. } => status::EMULATION_FAILURE,
+                ExitReason::VcpuDied { .. } => status::VCPU_DIED,
+                ExitReason::Monitor(_) => status::MONITOR,
+            },
+            Self::Timeout(_) => status::TIMEOUT,
+            Self::Monitor(_) => status::MONITOR,
+        }
+    }
+}
+
+/// The last lines of the console, indented below a message.
+fn console_tail(console: &str) -> String {
+    const LINES: usize = 12;
+    let lines: Vec<&str> = console
+        .lines()
+        .map(str::trim_end)
+        .filter(|line| !line.is_empty())
+        .collect();
+    if lines.is_empty() {
+        return String::new();
+    }
+    let shown = &lines[lines.len().saturating_sub(LINES)..];
+    format!(
+        "\nthe guest's console ended with:\n  {}",
+        shown.join("\n  ")
+    )
+}
+
+/// Parses the arguments and carries them out. `start` is when the process began.
+pub fn main(start: Instant) -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing is left to do if even this cannot be printed.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() {
+                status::BAD_INPUT
+            } else {
+                0
+            });
+        }
+    };
+    let result = match cli.command {
+        Command::Boot(args) => boot::boot(&args, start),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("vmm: {error}");
+            ExitCode::from(error.status())
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! The arguments that describe a VM, shared by the subcommands that make one.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::CliError;
+use super::sizes::memory_mib;
+
+/// A VM.
+#[derive(Debug, Args)]
+pub struct VmArgs {
+    /// Virtual CPUs, 1 to 32
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub cpus: u32,
+    /// Guest memory in MiB, or with a unit: 512, 2G
+    #[arg(long, default_value = "128", value_name = "SIZE", value_parser = memory_mib)]
+    pub memory: u64,
+    /// Kernel: an uncompressed vmlinux, or a bzImage [default: the one that tools/build-kernel made]
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Words to add to the kernel's command line
+    #[arg(long, default_value = "", value_name = "WORDS")]
+    pub cmdline: String,
+}
+
+impl VmArgs {
+    /// The kernel that was named, or the installed one.
+    pub fn kernel(&self) -> Result<PathBuf, CliError> {
+        installed(
+            self.kernel.as_deref(),
+            "vmlinux",
+            "guest kernel",
+            "./tools/build-kernel",
+            "--kernel",
+        )
+    }
+}
+
+/// `given`, or the file `name` in Bough's data directory (`$XDG_DATA_HOME/bough`, by default `~/.local/share/bough`).
+pub fn installed(
+    given: Option<&Path>,
+    name: &str,
+    what: &str,
+    tool: &str,
+    flag: &str,
+) -> Result<PathBuf, CliError> {
+    if let Some(path) = given {
+        return match path.try_exists() {
+            Ok(true) => Ok(path.to_owned()),
+            Ok(false) => Err(CliError::BadInput(format!(
+                "no {what} at {}: give {flag} an existing file, or make one with {tool}",
+                path.display()
+            ))),
+            Err(error) => Err(CliError::BadInput(format!(
+                "cannot look at the {what} {}: {error}",
+                path.display()
+            ))),
+        };
+    }
+    let path = data_dir().map(|dir| dir.join(name));
+    match path {
+        Some(path) if path.exists() => Ok(path),
+        Some(path) => Err(CliError::BadInput(format!(
+            "no {what} at {}: make it with {tool}, or name another with {flag}",
+            path.display()
+        ))),
+        None => Err(CliError::BadInput(format!(
+            "neither XDG_DATA_HOME nor HOME is set: name the {what} with {flag}"
+        ))),
+    }
+}
+
+fn data_dir() -> Option<PathBuf> {
+    let var = |name| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    let base = var("XDG_DATA_HOME").or_else(|| Some(var("HOME")?.join(".local/share")))?;
+    Some(base.join("bough"))
+}

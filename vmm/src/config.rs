@@ -1,0 +1,171 @@
+//! Everything that describes a VM, validated once.
+//!
+//! Pure: it asks the host nothing but what [`Limits`] hands in, so every refusal can be tested anywhere.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// Least guest memory, in MiB: below it no Linux gets to its first process.
+pub const MEMORY_MIN_MIB: u64 = 32;
+/// Most virtual processors.
+pub const CPUS_MAX: u32 = 32;
+/// The guest's vsock context id; 0 to 2 are taken by the hypervisor, loopback and the host.
+pub const GUEST_CID: u32 = 3;
+
+/// Why a configuration cannot work.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// No processors, or too many.
+    #[error("{cpus} CPUs: give --cpus a number from 1 to {max}")]
+    Cpus {
+        /// What was asked for.
+        cpus: u32,
+        /// What this host can do.
+        max: u32,
+    },
+    /// Too little memory to boot in.
+    #[error("{mib} MiB of memory: give --memory at least {MEMORY_MIN_MIB} MiB")]
+    MemoryTooSmall {
+        /// What was asked for.
+        mib: u64,
+    },
+    /// More memory than the host has.
+    #[error("{mib} MiB of memory: this host has {host_mib} MiB; give --memory less")]
+    MemoryTooLarge {
+        /// What was asked for.
+        mib: u64,
+        /// What there is.
+        host_mib: u64,
+    },
+}
+
+/// What the host sets bounds to.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Memory of the host, in MiB.
+    pub memory_mib: u64,
+    /// Virtual processors that KVM allows for one VM.
+    pub cpus: u32,
+}
+
+/// A disk of the guest.
+#[derive(Debug, Clone)]
+pub struct DriveConfig {
+    /// The file that backs it.
+    pub path: PathBuf,
+    /// The guest may not write to it, and the file is opened so.
+    pub read_only: bool,
+}
+
+/// The vsock device.
+#[derive(Debug, Clone)]
+pub struct VsockConfig {
+    /// Context id of the guest, at least 3.
+    pub cid: u32,
+    /// The Unix socket that hosts connect to (`CONNECT <port>`).
+    pub socket: PathBuf,
+}
+
+/// Where the guest's console goes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum ConsoleConfig {
+    /// Kept in memory alone; the last lines are shown if the guest fails.
+    #[default]
+    Kept,
+    /// To the monitor's standard error, as well.
+    Stderr,
+    /// To a file, which is made anew, as well.
+    File(PathBuf),
+}
+
+/// A virtual machine.
+#[derive(Debug, Clone)]
+pub struct VmConfig {
+    /// Virtual processors.
+    pub cpus: u32,
+    /// Guest memory, in MiB.
+    pub memory_mib: u64,
+    /// The kernel: an uncompressed `vmlinux`, or a bzImage.
+    pub kernel: PathBuf,
+    /// Words that are added to the end of the kernel's command line.
+    pub cmdline: String,
+    /// The disks, `/dev/vda` first: it holds the root file system.
+    pub drives: Vec<DriveConfig>,
+    /// The vsock device, if there is one.
+    pub vsock: Option<VsockConfig>,
+    /// Where the guest's console goes.
+    pub console: ConsoleConfig,
+}
+
+impl VmConfig {
+    /// Checks the configuration against what the host can do.
+    pub fn validate(&self, limits: Limits) -> Result<(), ConfigError> {
+        let max = limits.cpus.min(CPUS_MAX);
+        if self.cpus == 0 || self.cpus > max {
+            return Err(ConfigError::Cpus {
+                cpus: self.cpus,
+                max,
+            });
+        }
+        let (mib, host_mib) = (self.memory_mib, limits.memory_mib);
+        if mib < MEMORY_MIN_MIB {
+            return Err(ConfigError::MemoryTooSmall { mib });
+        }
+        if mib > host_mib {
+            return Err(ConfigError::MemoryTooLarge { mib, host_mib });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits {
+        memory_mib: 1024,
+        cpus: 8,
+    };
+
+    fn config(cpus: u32, memory_mib: u64) -> VmConfig {
+        VmConfig {
+            cpus,
+            memory_mib,
+            kernel: "vmlinux".into(),
+            cmdline: String::new(),
+            drives: Vec::new(),
+            vsock: None,
+            console: ConsoleConfig::Kept,
+        }
+    }
+
+    #[test]
+    fn bounds_are_inclusive() {
+        for (cpus, memory) in [(1, 32), (8, 1024)] {
+            assert_eq!(config(cpus, memory).validate(LIMITS), Ok(()));
+        }
+    }
+
+    #[test]
+    fn what_is_out_of_bounds_is_refused() {
+        for (cpus, memory, message) in [
+            (0, 128, "0 CPUs: give --cpus a number from 1 to 8"),
+            (1000, 128, "1000 CPUs: give --cpus a number from 1 to 8"),
+            (1, 31, "31 MiB of memory: give --memory at least 32 MiB"),
+            (1, u64::MAX, "this host has 1024 MiB; give --memory less"),
+        ] {
+            let error = config(cpus, memory)
+                .validate(LIMITS)
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(message), "{error}");
+        }
+        let many = Limits {
+            cpus: 4096,
+            ..LIMITS
+        };
+        let error = config(33, 128).validate(many).unwrap_err();
+        assert_eq!(error, ConfigError::Cpus { cpus: 33, max: 32 });
+    }
+}

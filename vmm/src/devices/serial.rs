@@ -1,0 +1,174 @@
+//! The serial port COM1, a 16550 as `vm-superio` has it, and the keyboard controller for its reset line.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vm_superio::serial::NoEvents;
+use vm_superio::{I8042Device, Serial, Trigger};
+
+use super::bus::BusDevice;
+use super::interrupt::Interrupt;
+
+/// Bytes of console output that are kept for a failure's report.
+const KEPT_BYTES: usize = 16 << 10;
+
+/// Raises an interrupt line on behalf of `vm-superio`.
+pub struct Line(Arc<dyn Interrupt>);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.trigger()
+    }
+}
+
+/// The last bytes that the guest printed.
+#[derive(Clone, Default)]
+pub struct ConsoleTail(Arc<Mutex<std::collections::VecDeque<u8>>>);
+
+impl ConsoleTail {
+    fn push(&self, bytes: &[u8]) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.extend(bytes);
+        let excess = kept.len().saturating_sub(KEPT_BYTES);
+        kept.drain(..excess);
+    }
+
+    /// What is kept, as text: at most the last 16 KiB.
+    pub fn text(&self) -> String {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (front, back) = kept.as_slices();
+        String::from_utf8_lossy(&[front, back].concat()).into_owned()
+    }
+}
+
+/// Where the port's output goes: the tail, and a stream.
+struct Output {
+    tail: ConsoleTail,
+    stream: Option<Box<dyn Write + Send>>,
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.tail.push(bytes);
+        if let Some(stream) = &mut self.stream
+            && let Err(error) = stream.write_all(bytes).and_then(|()| stream.flush())
+        {
+            // The guest must not suffer from a full disk or a closed terminal.
+            log::warn!("console output is no longer written: {error}");
+            self.stream = None;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// COM1.
+pub struct SerialPort(Serial<Line, NoEvents, Output>);
+
+impl SerialPort {
+    /// A port that interrupts by `line` and prints to `tail`, and to `stream` if there is one.
+    pub fn new(
+        line: Arc<dyn Interrupt>,
+        tail: ConsoleTail,
+        stream: Option<Box<dyn Write + Send>>,
+    ) -> Self {
+        Self(Serial::new(Line(line), Output { tail, stream }))
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        // The registers are bytes; a wider access reads the first and nothing else.
+        data.fill(0);
+        if let (Some(byte), Ok(offset)) = (data.first_mut(), u8::try_from(offset)) {
+            *byte = self.0.read(offset);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let (Some(byte), Ok(offset)) = (data.first(), u8::try_from(offset))
+            && let Err(error) = self.0.write(offset, *byte)
+        {
+            log::warn!("serial port: {error:?}");
+        }
+    }
+}
+
+/// The keyboard controller; all that works of it is the reset line.
+pub struct Keyboard<T: Trigger>(I8042Device<T>);
+
+impl<T: Trigger> Keyboard<T> {
+    /// A controller that triggers `reset` when the guest asks for a reset.
+    pub fn new(reset: T) -> Self {
+        Self(I8042Device::new(reset))
+    }
+}
+
+impl<T: Trigger + Send> BusDevice for Keyboard<T> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let (Some(byte), Ok(offset)) = (data.first_mut(), u8::try_from(offset)) {
+            *byte = self.0.read(offset);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let (Some(byte), Ok(offset)) = (data.first(), u8::try_from(offset))
+            && self.0.write(offset, *byte).is_err()
+        {
+            log::warn!("keyboard controller: the reset was not delivered");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct NoLine;
+    impl Interrupt for NoLine {
+        fn trigger(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// A stream on a full disk.
+    struct Full;
+    impl Write for Full {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn output_is_kept_bounded_and_survives_a_failing_stream() {
+        let tail = ConsoleTail::default();
+        let mut port = SerialPort::new(Arc::new(NoLine), tail.clone(), Some(Box::new(Full)));
+        for _ in 0..KEPT_BYTES {
+            port.write(0, b"x");
+        }
+        port.write(0, b"y");
+        assert_eq!(tail.text().len(), KEPT_BYTES);
+        assert!(tail.text().ends_with("xy"));
+    }
+
+    #[test]
+    fn the_reset_line_is_pulled_by_its_command_alone() {
+        let exit = crate::exit::ExitLatch::new().unwrap();
+        let mut keyboard = Keyboard::new(exit.clone());
+        for (offset, value) in [(0, 0xfe), (4, 0xff), (4, 0xd1)] {
+            keyboard.write(offset, &[value]);
+        }
+        assert_eq!(exit.get(), None);
+        keyboard.write(4, &[0xfe]);
+        assert_eq!(exit.get(), Some(crate::exit::ExitReason::Reset));
+    }
+}

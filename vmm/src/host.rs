@@ -1,0 +1,67 @@
+//! What this host can do, and what a software KVM needs from us.
+//!
+//! On hardware KVM nothing here changes anything.
+
+use std::path::Path;
+
+use crate::config::Limits;
+
+/// What runs guest-kernel code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvmKind {
+    /// The processor's virtualization (VMX or SVM).
+    Hardware,
+    /// An instruction emulator with shadow paging: some thousand times slower at ring 0.
+    Software,
+}
+
+impl KvmKind {
+    /// Finds out which KVM serves `/dev/kvm`: a hardware module that is loaded says so by itself;
+    /// without one, or without the processor's feature bit, it is a software one.
+    pub fn detect() -> Self {
+        let loaded = |module: &str| Path::new("/sys/module").join(module).exists();
+        let hardware = (loaded("kvm_intel") || loaded("kvm_amd")) && cpu_has_virtualization();
+        if hardware {
+            Self::Hardware
+        } else {
+            Self::Software
+        }
+    }
+
+    /// Words for the kernel's command line that this kind needs to boot at all.
+    ///
+    /// A software KVM shows the guest most of the host's feature bits whatever CPUID it was given, and
+    /// its emulator lacks the instructions behind some: popcnt, smap, fsgsbase, invpcid, rdpid and
+    /// xsave; erms and fsrm are there, but a repeated byte copy takes one emulated step per byte.
+    pub fn cmdline(self) -> &'static str {
+        match self {
+            Self::Hardware => "",
+            Self::Software => {
+                "noxsave mitigations=off rodata=off no_timer_check clearcpuid=151,308,288,298,534,297,580"
+            }
+        }
+    }
+}
+
+/// The processor has VMX (CPUID 1, ECX bit 5) or SVM (CPUID 0x8000_0001, ECX bit 2).
+pub fn cpu_has_virtualization() -> bool {
+    use std::arch::x86_64::__cpuid;
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    __cpuid(1).ecx & VMX != 0
+        || (__cpuid(0x8000_0000).eax >= 0x8000_0001 && __cpuid(0x8000_0001).ecx & SVM != 0)
+}
+
+/// The bounds that this host and `kvm` set to a VM.
+pub fn limits(kvm: &kvm_ioctls::Kvm) -> Limits {
+    Limits {
+        memory_mib: memory_bytes() >> 20,
+        cpus: u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX),
+    }
+}
+
+/// Memory of this host, in bytes.
+pub fn memory_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram.saturating_mul(u64::from(info.mem_unit))
+}

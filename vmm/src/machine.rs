@@ -1,0 +1,86 @@
+//! A virtual machine's life: it runs from when it is started until its end or its drop.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_ioctls::{VcpuFd, VmFd};
+
+use crate::devices::serial::ConsoleTail;
+use crate::event_loop::{EventLoop, EventLoopError, Subscriber};
+use crate::exit::ExitLatch;
+use crate::memory::GuestMemory;
+use crate::vcpu::{VcpuContext, VcpuThread};
+
+/// A machine that is built and has not run yet: what the builder hands over.
+pub struct Parts {
+    /// The VM, on which memory and processors hang.
+    pub vm: VmFd,
+    /// Guest memory.
+    pub memory: Arc<GuestMemory>,
+    /// The processors, set up for boot.
+    pub vcpus: Vec<VcpuFd>,
+    /// What the processors' threads share; `id` is filled in for each.
+    pub context: VcpuContext,
+    /// What the event loop serves.
+    pub subscribers: Vec<Subscriber>,
+    /// The console's last lines.
+    pub console: ConsoleTail,
+}
+
+/// A running virtual machine.
+///
+/// Fields are dropped in this order: the processors stop, then the devices, then KVM lets go of the memory, then it is unmapped.
+pub struct Machine {
+    vcpus: Vec<VcpuThread>,
+    event_loop: EventLoop,
+    exit: ExitLatch,
+    console: ConsoleTail,
+    vm: VmFd,
+    memory: Arc<GuestMemory>,
+}
+
+impl Machine {
+    /// Starts the event loop and the processors.
+    pub fn start(parts: Parts) -> Result<Self, EventLoopError> {
+        let Parts {
+            vm,
+            memory,
+            vcpus,
+            context,
+            subscribers,
+            console,
+        } = parts;
+        let exit = context.exit.clone();
+        let event_loop = EventLoop::start(subscribers, exit.clone())?;
+        let vcpus = (0u8..)
+            .zip(vcpus)
+            .map(|(id, vcpu)| {
+                VcpuThread::start(
+                    vcpu,
+                    VcpuContext {
+                        id,
+                        ..context.clone()
+                    },
+                )
+            })
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            vcpus,
+            event_loop,
+            exit,
+            console,
+            vm,
+            memory,
+        })
+    }
+
+    /// Where the end of the machine is written, by whoever sees it first.
+    pub fn exit(&self) -> &ExitLatch {
+        &self.exit
+    }
+
+    /// The last of what the guest printed.
+    pub fn console(&self) -> &ConsoleTail {
+        &self.console
+    }
+}

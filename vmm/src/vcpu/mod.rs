@@ -1,0 +1,69 @@
+//! A virtual processor: made, set up for boot, run in its own thread.
+
+mod emulation;
+mod exits;
+mod thread;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+
+use crate::arch::x86_64::cpuid::{self, CpuidConfig};
+use crate::arch::x86_64::{msrs, regs};
+use crate::kvm::{KvmError, call_failed};
+
+pub use emulation::instruction_name;
+pub use thread::{VcpuContext, VcpuThread};
+
+/// Makes `cpus` processors, all of them as after a reset.
+pub fn create(kvm: &Kvm, vm: &VmFd, cpus: u8, software: bool) -> Result<Vec<VcpuFd>, KvmError> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(call_failed("KVM_GET_SUPPORTED_CPUID"))?;
+    let config = CpuidConfig {
+        cpus,
+        tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+        software,
+    };
+    (0..cpus)
+        .map(|id| create_one(vm, id, supported.as_slice(), config))
+        .collect()
+}
+
+fn create_one(
+    vm: &VmFd,
+    id: u8,
+    supported: &[kvm_bindings::kvm_cpuid_entry2],
+    config: CpuidConfig,
+) -> Result<VcpuFd, KvmError> {
+    let vcpu = vm
+        .create_vcpu(u64::from(id))
+        .map_err(call_failed("KVM_CREATE_VCPU"))?;
+    let entries = cpuid::for_vcpu(supported.to_vec(), id, config);
+    let cpuid = CpuId::from_entries(&entries).map_err(|error| {
+        call_failed("KVM_SET_CPUID2")(std::io::Error::other(format!("{error:?}")))
+    })?;
+    vcpu.set_cpuid2(&cpuid)
+        .map_err(call_failed("KVM_SET_CPUID2"))?;
+
+    let msrs = Msrs::from_entries(&msrs::boot_msrs()).map_err(|error| {
+        call_failed("KVM_SET_MSRS")(std::io::Error::other(format!("{error:?}")))
+    })?;
+    vcpu.set_msrs(&msrs).map_err(call_failed("KVM_SET_MSRS"))?;
+    vcpu.set_fpu(&regs::entry_fpu())
+        .map_err(call_failed("KVM_SET_FPU"))?;
+    let mut lapic = vcpu.get_lapic().map_err(call_failed("KVM_GET_LAPIC"))?;
+    regs::set_virtual_wire(&mut lapic);
+    vcpu.set_lapic(&lapic)
+        .map_err(call_failed("KVM_SET_LAPIC"))?;
+    Ok(vcpu)
+}
+
+/// Sets the boot processor to enter the kernel at `entry`, a guest-physical address. The others wait to be started by it.
+pub fn set_entry(vcpu: &VcpuFd, entry: u64) -> Result<(), KvmError> {
+    let mut sregs = vcpu.get_sregs().map_err(call_failed("KVM_GET_SREGS"))?;
+    regs::set_entry_sregs(&mut sregs);
+    vcpu.set_sregs(&sregs)
+        .map_err(call_failed("KVM_SET_SREGS"))?;
+    vcpu.set_regs(&regs::entry_regs(entry))
+        .map_err(call_failed("KVM_SET_REGS"))
+}
