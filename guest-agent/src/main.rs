@@ -1,4 +1,125 @@
-//! Bough's guest agent: PID 1 of the guest.
+//! Bough's guest agent: PID 1 of the guest, or an ordinary process for tests.
+//!
+//! As PID 1 it makes the guest usable (`init`), says so to the host, and then runs
+//! programs for whoever connects (`server`). It never returns: a PID 1 that ends
+//! panics the kernel. Each system call and each touched page before "ready" costs
+//! boot time, so the order here is deliberate: see `docs` in `proto/agent.proto`
+//! for what a client may rely on.
 #![forbid(unsafe_code)]
 
-fn main() {}
+mod connection;
+mod failure;
+mod init;
+mod listen;
+mod output;
+mod power;
+mod program;
+mod runners;
+mod server;
+mod signals;
+mod spawn;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use failure::Failure;
+use server::Server;
+
+const USAGE: &str = "\
+usage: guest-agent [--listen-unix PATH] [--dial-unix PATH]     as an ordinary process
+       init [--upper=DEVICE] [--hostname=NAME]                 as PID 1";
+
+/// What the command line, or as PID 1 the kernel's command line after `--`, asks for.
+#[derive(Default)]
+struct Options {
+    init: init::InitConfig,
+    listen_unix: Option<PathBuf>,
+    dial_unix: Option<PathBuf>,
+}
+
+impl Options {
+    fn parse(mut arguments: impl Iterator<Item = OsString>) -> Result<Self, String> {
+        let mut options = Self::default();
+        while let Some(argument) = arguments.next() {
+            let text = argument.to_string_lossy();
+            let (name, value) = match text.split_once('=') {
+                Some((name, value)) => (name, Some(OsString::from(value))),
+                None => (&*text, None),
+            };
+            let mut value = || {
+                value
+                    .clone()
+                    .or_else(|| arguments.next())
+                    .ok_or_else(|| format!("{name} needs a value"))
+            };
+            match name {
+                "--upper" => options.init.upper = Some(value()?.into()),
+                "--hostname" => options.init.hostname = Some(value()?),
+                "--listen-unix" => options.listen_unix = Some(value()?.into()),
+                "--dial-unix" => options.dial_unix = Some(value()?.into()),
+                _ => return Err(format!("unknown argument {name}")),
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn main() -> ExitCode {
+    if std::process::id() == 1 {
+        power::reset_on_panic();
+        let error = match run_as_init() {
+            Ok(never) => match never {},
+            Err(error) => error,
+        };
+        // Through the panic hook: it prints on the console and ends the guest.
+        panic!("the guest agent cannot go on: {}", error.message);
+    }
+    match run_as_process() {
+        Ok(never) => match never {},
+        Err(message) => {
+            eprintln!("guest-agent: error: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_as_init() -> Result<std::convert::Infallible, Failure> {
+    // A kernel passes on what it does not know itself; a stray word must not cost the boot.
+    let options = Options::parse(std::env::args_os().skip(1)).unwrap_or_else(|message| {
+        init::warn(&message);
+        Options::default()
+    });
+    init::writable_root(&options.init);
+    let mut server = Server::new(true)?;
+    server.listen(listen::vsock()?);
+    match listen::dial_host() {
+        Ok(socket) => server.connect(socket)?,
+        Err(errno) => init::warn(&format!("nobody on the host's port: {errno}")),
+    }
+    init::the_rest(&options.init);
+    server.run()
+}
+
+fn run_as_process() -> Result<std::convert::Infallible, String> {
+    let options =
+        Options::parse(std::env::args_os().skip(1)).map_err(|error| format!("{error}\n{USAGE}"))?;
+    if options.listen_unix.is_none() && options.dial_unix.is_none() {
+        return Err(format!("nothing to serve\n{USAGE}"));
+    }
+    // Orphans of programs become our children, as they do for PID 1.
+    rustix::process::set_child_subreaper(rustix::process::Pid::from_raw(1))
+        .map_err(|errno| format!("prctl: {errno}"))?;
+    let mut server = Server::new(false).map_err(|failure| failure.message)?;
+    if let Some(path) = &options.listen_unix {
+        let listener =
+            listen::unix(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        server.listen(listener);
+    }
+    if let Some(path) = &options.dial_unix {
+        let socket =
+            listen::dial_unix(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        server.connect(socket).map_err(|failure| failure.message)?;
+    }
+    server.run().map_err(|failure| failure.message)
+}

@@ -1,0 +1,357 @@
+//! A client's connection: the handshake, its requests, and the programs that it runs.
+//!
+//! Invariants: nothing is served before the client's Hello; a connection that breaks
+//! the protocol gets one Error and no more requests are read from it; dropping a
+//! connection kills the process groups of its programs.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use guest_agent::frame::{FrameBuffer, FrameError};
+use guest_agent::proto::{
+    DEFAULT_OUTPUT_WINDOW, ErrorCode, Exec, Hello, Pong, RunCode, Shutdown, ShuttingDown, Started,
+    Stream, ToAgent, from_agent::Kind, to_agent,
+};
+use guest_agent::version::{SUPPORTED, VersionRange};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitStatus};
+
+use crate::failure::Failure;
+use crate::output::Output;
+use crate::program::Program;
+use crate::signals::Signals;
+use crate::{runners, spawn};
+
+/// The most programs that may run at once for one connection.
+const MAX_PROGRAMS: usize = 256;
+
+/// What connections need from the server.
+pub struct Context<'a> {
+    /// The agent's own working directory.
+    pub home: &'a Path,
+    /// Room for `MAX_DATA` bytes, for whoever reads just now.
+    pub scratch: &'a mut [u8],
+    /// Counts the source files, so that each has a name of its own.
+    pub source_files: &'a mut u64,
+    /// Whether a client may end the guest.
+    pub is_init: bool,
+    /// Set when a client has asked to end the guest.
+    pub shutdown: &'a mut Option<Shutdown>,
+    /// The agent's signals, which programs must not inherit blocked.
+    pub signals: &'a Signals,
+}
+
+/// A client's connection.
+pub struct Connection {
+    socket: OwnedFd,
+    frames: FrameBuffer,
+    output: Output,
+    programs: Vec<Program>,
+    state: State,
+}
+
+#[derive(Clone, Copy)]
+enum State {
+    /// The client's Hello has not come.
+    Greeting,
+    /// Requests are served; the client wants this window for each output stream.
+    Open { output_window: u32 },
+    /// The last Error is on its way out; nothing more is read.
+    Failed,
+    /// The client is gone.
+    Gone,
+}
+
+impl Connection {
+    /// Greets a client. Its socket is non-blocking.
+    pub fn new(socket: OwnedFd, hello: Hello) -> Self {
+        let mut output = Output::default();
+        output.push(0, Kind::Hello(hello));
+        Self {
+            socket,
+            frames: FrameBuffer::default(),
+            output,
+            programs: Vec::new(),
+            state: State::Greeting,
+        }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// The programs that run, in no particular order.
+    pub fn programs(&self) -> &[Program] {
+        &self.programs
+    }
+
+    /// Whether requests are to be read now: not from a client that is behind with reading.
+    pub fn wants_requests(&self) -> bool {
+        matches!(self.state, State::Greeting | State::Open { .. }) && !self.output.is_full()
+    }
+
+    /// Whether there is something to send.
+    pub fn wants_to_send(&self) -> bool {
+        !self.output.is_empty()
+    }
+
+    /// Whether programs' output is to be read now.
+    pub fn wants_output(&self) -> bool {
+        !self.output.is_full()
+    }
+
+    /// Whether the connection can be dropped.
+    pub fn is_over(&self) -> bool {
+        match self.state {
+            State::Gone => true,
+            State::Failed => self.output.is_empty(),
+            State::Greeting | State::Open { .. } => false,
+        }
+    }
+
+    /// The client hung up.
+    pub fn hung_up(&mut self) {
+        self.state = State::Gone;
+    }
+
+    /// Sends what can be sent now.
+    pub fn flush(&mut self) {
+        if self.output.flush(&self.socket).is_err() {
+            self.hung_up();
+        }
+    }
+
+    /// Reads once from the client and serves the requests that are whole.
+    pub fn receive(&mut self, context: &mut Context<'_>) {
+        match rustix::io::read(&self.socket, &mut *context.scratch) {
+            Ok(count) if count > 0 => {
+                let bytes = context.scratch.get(..count).unwrap_or_default();
+                self.frames.input().extend_from_slice(bytes);
+            }
+            Err(Errno::AGAIN | Errno::INTR) => return,
+            Ok(_) | Err(_) => return self.hung_up(),
+        }
+        while matches!(self.state, State::Greeting | State::Open { .. }) {
+            let result = match self.frames.next_message() {
+                Ok(Some(message)) => self.dispatch(message, context),
+                Ok(None) => return,
+                Err(error) => Err(Failure::new(
+                    match error {
+                        FrameError::TooLarge { .. } => ErrorCode::FrameTooLarge,
+                        FrameError::Malformed { .. } => ErrorCode::Malformed,
+                    },
+                    error.to_string(),
+                )),
+            };
+            if let Err(failure) = result {
+                self.fail(failure);
+            }
+        }
+    }
+
+    /// Ends the connection for a breach of the protocol.
+    pub fn fail(&mut self, failure: Failure) {
+        self.programs
+            .iter()
+            .for_each(|program| program.signal(Signal::KILL));
+        self.programs.clear();
+        self.output.push(0, Kind::Error(failure.into()));
+        self.state = State::Failed;
+    }
+
+    /// Handles one message.
+    ///
+    /// # Errors
+    /// A breach of the protocol. Failures of a request are sent to the client here.
+    fn dispatch(&mut self, message: ToAgent, context: &mut Context<'_>) -> Result<(), Failure> {
+        use to_agent::Kind as Ask;
+        let id = message.request_id;
+        let (kind, output_window) = match (self.state, message.kind) {
+            (State::Greeting, Some(Ask::Hello(hello))) => return self.greet(&hello),
+            (State::Open { output_window }, kind) if !matches!(kind, Some(Ask::Hello(_))) => {
+                (kind, output_window)
+            }
+            _ => {
+                return Err(Failure::new(
+                    ErrorCode::HelloExpected,
+                    "one Hello opens a connection, and nothing comes before it",
+                ));
+            }
+        };
+        if id == 0 {
+            return Err(Failure::new(ErrorCode::BadRequestId, "request id 0"));
+        }
+        let starts = matches!(
+            kind,
+            Some(Ask::Ping(_) | Ask::Exec(_) | Ask::RunCode(_) | Ask::Shutdown(_)) | None
+        );
+        let program = self
+            .programs
+            .iter_mut()
+            .find(|program| program.request_id == id);
+        if starts && program.is_some() {
+            let message = format!("request id {id} belongs to a running request");
+            return Err(Failure::new(ErrorCode::BadRequestId, message));
+        }
+
+        let result = match (kind, program) {
+            (Some(Ask::Ping(_)), _) => {
+                self.output.push(id, Kind::Pong(Pong {}));
+                Ok(())
+            }
+            (Some(Ask::Exec(exec)), _) => self.exec(id, &exec, None, output_window, context),
+            (Some(Ask::RunCode(code)), _) => self.run_code(id, code, output_window, context),
+            (Some(Ask::Shutdown(shutdown)), _) => self.shutdown(id, shutdown, context),
+            (None, _) => Err(Failure::new(
+                ErrorCode::Unsupported,
+                "this agent does not know the request",
+            )),
+            (Some(Ask::StdinData(data)), Some(program)) => {
+                program.stdin_data(&data.data, &mut self.output)?;
+                Ok(())
+            }
+            (Some(Ask::StdinClose(_)), Some(program)) => {
+                program.stdin_close();
+                Ok(())
+            }
+            (Some(Ask::Credit(credit)), Some(program)) => {
+                program.credit(credit.stream(), credit.bytes);
+                Ok(())
+            }
+            (Some(Ask::Cancel(_)), Some(program)) => {
+                program.signal(Signal::KILL);
+                Ok(())
+            }
+            (Some(Ask::Signal(signal)), Some(program)) => {
+                let number = i32::try_from(signal.signo).ok();
+                if let Some(signal) = number.and_then(Signal::from_named_raw) {
+                    program.signal(signal);
+                }
+                Ok(())
+            }
+            // About a request that has ended: it may have crossed with its end.
+            (Some(_), None) | (Some(Ask::Hello(_)), Some(_)) => Ok(()),
+        };
+        if let Err(failure) = result {
+            self.output.push(id, Kind::Error(failure.into()));
+        }
+        Ok(())
+    }
+
+    fn greet(&mut self, hello: &Hello) -> Result<(), Failure> {
+        let theirs = VersionRange::from(hello);
+        if SUPPORTED.common(theirs).is_none() {
+            return Err(Failure::new(
+                ErrorCode::VersionMismatch,
+                format!("the agent speaks protocol version {SUPPORTED}, the client {theirs}"),
+            ));
+        }
+        let output_window = match hello.output_window {
+            0 => DEFAULT_OUTPUT_WINDOW,
+            window => window,
+        };
+        self.state = State::Open { output_window };
+        Ok(())
+    }
+
+    fn run_code(
+        &mut self,
+        id: u32,
+        code: RunCode,
+        output_window: u32,
+        context: &mut Context<'_>,
+    ) -> Result<(), Failure> {
+        *context.source_files += 1;
+        let (exec, file) = runners::prepare(code, *context.source_files)?;
+        self.exec(id, &exec, file, output_window, context)
+    }
+
+    fn exec(
+        &mut self,
+        id: u32,
+        exec: &Exec,
+        file: Option<runners::SourceFile>,
+        output_window: u32,
+        context: &mut Context<'_>,
+    ) -> Result<(), Failure> {
+        if self.programs.len() >= MAX_PROGRAMS {
+            return Err(Failure::new(
+                ErrorCode::TooMany,
+                format!("{MAX_PROGRAMS} programs run on this connection already"),
+            ));
+        }
+        let spawned = context
+            .signals
+            .unblocked(|| spawn::spawn(exec, context.home))?;
+        let program = Program::new(id, spawned, output_window, file);
+        let pid = u32::try_from(program.pid().as_raw_nonzero().get()).unwrap_or(0);
+        self.output.push(id, Kind::Started(Started { pid }));
+        self.programs.push(program);
+        Ok(())
+    }
+
+    fn shutdown(
+        &mut self,
+        id: u32,
+        shutdown: Shutdown,
+        context: &mut Context<'_>,
+    ) -> Result<(), Failure> {
+        if !context.is_init {
+            return Err(Failure::new(
+                ErrorCode::Unsupported,
+                "this agent is not PID 1 and cannot end the guest",
+            ));
+        }
+        self.output.push(id, Kind::ShuttingDown(ShuttingDown {}));
+        *context.shutdown = Some(shutdown);
+        Ok(())
+    }
+
+    /// A pipe of a program is ready.
+    pub fn move_data(&mut self, request_id: u32, stream: Stream, scratch: &mut [u8]) {
+        // Asked again for each pipe: those before may have filled the buffer.
+        if stream != Stream::Stdin && self.output.is_full() {
+            return;
+        }
+        let mut programs = self.programs.iter_mut();
+        if let Some(program) = programs.find(|program| program.request_id == request_id) {
+            program.move_data(stream, scratch, &mut self.output);
+        }
+    }
+
+    /// A process has ended; says whether it was one of this connection's.
+    pub fn reaped(&mut self, pid: Pid, status: WaitStatus) -> bool {
+        match self
+            .programs
+            .iter_mut()
+            .find(|program| program.is_process(pid))
+        {
+            Some(program) => {
+                program.reaped(status);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Reports the programs that are over.
+    pub fn report(&mut self) {
+        let output = &mut self.output;
+        self.programs.retain(|program| match program.over() {
+            Some(exited) => {
+                output.push(program.request_id, Kind::Exited(exited));
+                false
+            }
+            None => true,
+        });
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.programs
+            .iter()
+            .for_each(|program| program.signal(Signal::KILL));
+    }
+}

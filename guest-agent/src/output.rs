@@ -1,0 +1,64 @@
+//! What a connection still has to send: one buffer, kept and used again, since
+//! memory that was never touched costs a page fault each.
+
+use std::os::fd::AsFd;
+
+use guest_agent::frame;
+use guest_agent::proto::{FromAgent, from_agent::Kind};
+use rustix::io::Errno;
+
+/// Above this many unsent bytes a connection makes no more of its own accord: it
+/// reads neither requests nor programs' output.
+const HIGH_WATER: usize = 128 * 1024;
+
+/// Frames on their way to a client.
+#[derive(Default)]
+pub struct Output {
+    bytes: Vec<u8>,
+    sent: usize,
+}
+
+impl Output {
+    /// Adds a message. Its size is ours to bound: nothing the agent says comes near a frame's limit.
+    pub fn push(&mut self, request_id: u32, kind: Kind) {
+        let message = FromAgent {
+            request_id,
+            kind: Some(kind),
+        };
+        if let Err(error) = frame::encode(&message, &mut self.bytes) {
+            unreachable!("the agent's own message: {error}");
+        }
+    }
+
+    /// Whether there is anything left to send.
+    pub fn is_empty(&self) -> bool {
+        self.sent == self.bytes.len()
+    }
+
+    /// Whether the client is so far behind that nothing may be added that can wait.
+    pub fn is_full(&self) -> bool {
+        self.bytes.len() - self.sent >= HIGH_WATER
+    }
+
+    /// Sends what the socket takes now.
+    ///
+    /// # Errors
+    /// The error of the socket: the client is gone.
+    pub fn flush(&mut self, socket: impl AsFd) -> Result<(), Errno> {
+        while let Some(rest @ [_, ..]) = self.bytes.get(self.sent..) {
+            match rustix::io::write(&socket, rest) {
+                Ok(sent) => self.sent += sent,
+                Err(Errno::AGAIN) => {
+                    self.bytes.drain(..self.sent);
+                    self.sent = 0;
+                    return Ok(());
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        self.bytes.clear();
+        self.sent = 0;
+        Ok(())
+    }
+}

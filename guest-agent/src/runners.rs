@@ -1,0 +1,119 @@
+//! Running source code: a `RunCode` becomes an `Exec` of the language's interpreter.
+//!
+//! The source goes into a file of its own in a directory of its own, which last as
+//! long as the program: standard input stays the program's, tracebacks show lines,
+//! and no limit on arguments applies. A shell gets its source as an argument when
+//! it fits, which spares the file.
+
+use std::fs::{DirBuilder, File};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use guest_agent::proto::{EnvVar, ErrorCode, Exec, Language, RunCode};
+
+use crate::failure::Failure;
+
+/// Where sources live: in the guest a tmpfs that only root reaches.
+const GUEST_DIRECTORY: &str = "/run/bough";
+
+/// The longest source that is passed as an argument. The kernel's limit is 128 KiB (MAX_ARG_STRLEN).
+const MAX_ARGUMENT: usize = 64 * 1024;
+
+/// A source file; it and its directory go when this is dropped.
+pub struct SourceFile {
+    directory: PathBuf,
+    file: PathBuf,
+}
+
+impl Drop for SourceFile {
+    fn drop(&mut self) {
+        // Whatever is left behind, the guest's tmpfs goes with the guest.
+        let _ = std::fs::remove_file(&self.file);
+        let _ = std::fs::remove_dir(&self.directory);
+    }
+}
+
+impl SourceFile {
+    fn create(number: u64, name: &str, source: &[u8]) -> std::io::Result<Self> {
+        let base = if std::process::id() == 1 {
+            PathBuf::from(GUEST_DIRECTORY)
+        } else {
+            std::env::temp_dir()
+        };
+        let directory = base.join(format!("code-{}-{number}", std::process::id()));
+        let mut builder = DirBuilder::new();
+        builder.mode(0o700).create(&directory)?;
+        let file = directory.join(name);
+        let this = Self { directory, file };
+        File::create_new(&this.file)?.write_all(source)?;
+        Ok(this)
+    }
+}
+
+/// What to execute for a piece of source code, and the file to keep for as long as it runs.
+/// `number` makes the file's directory unique within this agent.
+///
+/// # Errors
+/// A failure that names the field that is wrong, or the file that cannot be written.
+pub fn prepare(code: RunCode, number: u64) -> Result<(Exec, Option<SourceFile>), Failure> {
+    let invalid = |message: String| Failure::new(ErrorCode::InvalidArgument, message);
+    let (interpreter, default_name) = match code.language() {
+        Language::Python => ("python3", "main.py"),
+        Language::Shell => ("/bin/sh", "main.sh"),
+        Language::Unspecified => {
+            return Err(invalid(format!("unknown language {}", code.language)));
+        }
+    };
+    let name = match code.filename.as_str() {
+        "" => default_name,
+        name => name,
+    };
+    if name.contains(['/', '\0']) || name == "." || name == ".." || name.len() > 255 {
+        return Err(invalid(format!("filename {name:?} is not a plain name")));
+    }
+
+    let mut argv = vec![interpreter.as_bytes().to_vec()];
+    let as_argument = code.language() == Language::Shell
+        && code.source.len() <= MAX_ARGUMENT
+        && !code.source.contains(&0);
+    let file = if as_argument {
+        argv.extend([b"-c".to_vec(), code.source, name.as_bytes().to_vec()]);
+        None
+    } else {
+        let file = SourceFile::create(number, name, &code.source)
+            .map_err(|error| Failure::internal("write the source file", error))?;
+        argv.push(file.file.as_os_str().as_bytes().to_vec());
+        Some(file)
+    };
+    argv.extend(code.args);
+
+    let mut env = code.env;
+    if code.language == i32::from(Language::Python) && !code.cwd.is_empty() {
+        import_from(&mut env, Path::new(std::ffi::OsStr::from_bytes(&code.cwd)));
+    }
+    let exec = Exec {
+        argv,
+        env,
+        clear_env: code.clear_env,
+        cwd: code.cwd,
+        stdin: code.stdin,
+    };
+    Ok((exec, file))
+}
+
+/// Puts a directory in front of what PYTHONPATH the client gave: as a script lies in a
+/// directory of its own, Python would not look for modules in the working directory.
+fn import_from(env: &mut Vec<EnvVar>, directory: &Path) {
+    const NAME: &str = "PYTHONPATH";
+    let mut value = directory.as_os_str().as_bytes().to_vec();
+    if let Some(given) = env.iter().rfind(|variable| variable.name == NAME) {
+        value.push(b':');
+        value.extend(&given.value);
+    }
+    env.push(EnvVar {
+        name: NAME.into(),
+        value,
+    });
+}

@@ -1,0 +1,253 @@
+//! The agent's only loop: one thread polls clients, pipes and signals.
+//!
+//! Invariant of a turn: pipes first, then children, so that a program whose output
+//! has ended is reported in the turn in which it is reaped; then clients; and at the
+//! end everything that this has produced is sent, in one write per client.
+
+use std::convert::Infallible;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use guest_agent::proto::{Feature, Hello, MAX_DATA, Shutdown, Stream};
+use guest_agent::version::SUPPORTED;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{Errno, ioctl_fionbio};
+use rustix::net::{SocketFlags, accept_with};
+use rustix::process::{WaitOptions, wait};
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use crate::connection::{Connection, Context};
+use crate::failure::Failure;
+use crate::power;
+use crate::program::STDIN_WINDOW;
+use crate::signals::Signals;
+
+/// The most clients at once; more wait in the listener's queue.
+const MAX_CONNECTIONS: usize = 256;
+
+/// What a ready descriptor stands for.
+#[derive(Clone, Copy)]
+enum Token {
+    Signals,
+    Listener(usize),
+    Client(usize),
+    Pipe(usize, u32, Stream),
+}
+
+/// Everything that the agent serves.
+pub struct Server {
+    is_init: bool,
+    home: PathBuf,
+    boot_id: [u8; 16],
+    signals: Signals,
+    listeners: Vec<OwnedFd>,
+    connections: Vec<Connection>,
+    scratch: Vec<u8>,
+    source_files: u64,
+    shutdown: Option<Shutdown>,
+}
+
+impl Server {
+    /// A server without clients. Signals are blocked from here on.
+    ///
+    /// # Errors
+    /// A failure that names the system call.
+    pub fn new(is_init: bool) -> Result<Self, Failure> {
+        let mut boot_id = [0; 16];
+        // It tells boots apart and keeps no secret, so there is no waiting for entropy.
+        getrandom(&mut boot_id, GetRandomFlags::INSECURE)
+            .map_err(|errno| Failure::internal("getrandom", errno))?;
+        let home = if is_init {
+            PathBuf::from(crate::init::HOME)
+        } else {
+            std::env::current_dir().unwrap_or_else(|_| "/".into())
+        };
+        Ok(Self {
+            is_init,
+            home,
+            boot_id,
+            signals: Signals::new(is_init)?,
+            listeners: Vec::new(),
+            connections: Vec::new(),
+            scratch: vec![0; MAX_DATA],
+            source_files: 0,
+            shutdown: None,
+        })
+    }
+
+    /// Takes clients from a listener, which is non-blocking.
+    pub fn listen(&mut self, listener: OwnedFd) {
+        self.listeners.push(listener);
+    }
+
+    /// Takes a client, and greets it at once.
+    ///
+    /// # Errors
+    /// The socket cannot be made non-blocking.
+    pub fn connect(&mut self, socket: OwnedFd) -> Result<(), Failure> {
+        ioctl_fionbio(&socket, true).map_err(|errno| Failure::internal("FIONBIO", errno))?;
+        let mut connection = Connection::new(socket, self.hello());
+        connection.flush();
+        self.connections.push(connection);
+        Ok(())
+    }
+
+    fn hello(&self) -> Hello {
+        let mut features = vec![
+            Feature::Exec.into(),
+            Feature::Python.into(),
+            Feature::Shell.into(),
+        ];
+        if self.is_init {
+            features.push(Feature::Shutdown.into());
+        }
+        Hello {
+            min_version: SUPPORTED.min,
+            max_version: SUPPORTED.max,
+            software: concat!("bough-agent ", env!("CARGO_PKG_VERSION")).into(),
+            features,
+            boot_id: self.boot_id.to_vec(),
+            stdin_window: STDIN_WINDOW,
+            output_window: 0,
+        }
+    }
+
+    /// Serves for ever.
+    ///
+    /// # Errors
+    /// Only if `poll` itself fails, which it does for want of memory alone.
+    pub fn run(mut self) -> Result<Infallible, Failure> {
+        let mut ready = Vec::new();
+        loop {
+            self.wait(&mut ready)?;
+            self.turn(&ready);
+            if let Some(shutdown) = self.shutdown.take() {
+                self.connections.iter_mut().for_each(Connection::flush);
+                power::end(&shutdown);
+            }
+        }
+    }
+
+    /// Waits until something is ready, and lists it: pipes, signals, clients, listeners.
+    fn wait(&self, ready: &mut Vec<(Token, PollFlags)>) -> Result<(), Failure> {
+        let mut tokens = Vec::new();
+        let mut fds = Vec::new();
+        let input = PollFlags::IN;
+        for (index, connection) in self.connections.iter().enumerate() {
+            for program in connection.programs() {
+                for stream in [Stream::Stdin, Stream::Stdout, Stream::Stderr] {
+                    let flags = match stream {
+                        Stream::Stdin => PollFlags::OUT,
+                        _ if connection.wants_output() => input,
+                        _ => continue,
+                    };
+                    if let Some(pipe) = program.waits_for(stream) {
+                        tokens.push(Token::Pipe(index, program.request_id, stream));
+                        fds.push(PollFd::new(pipe, flags));
+                    }
+                }
+            }
+        }
+        tokens.push(Token::Signals);
+        fds.push(PollFd::from_borrowed_fd(self.signals.fd(), input));
+        for (index, connection) in self.connections.iter().enumerate() {
+            let mut flags = PollFlags::empty();
+            flags.set(input, connection.wants_requests());
+            flags.set(PollFlags::OUT, connection.wants_to_send());
+            tokens.push(Token::Client(index));
+            fds.push(PollFd::from_borrowed_fd(connection.socket(), flags));
+        }
+        if self.connections.len() < MAX_CONNECTIONS {
+            for (index, listener) in self.listeners.iter().enumerate() {
+                tokens.push(Token::Listener(index));
+                fds.push(PollFd::new(listener, input));
+            }
+        }
+
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(Failure::internal("poll", errno)),
+        }
+        ready.clear();
+        ready.extend(
+            tokens
+                .into_iter()
+                .zip(fds.iter().map(PollFd::revents))
+                .filter(|(_, flags)| !flags.is_empty()),
+        );
+        Ok(())
+    }
+
+    fn turn(&mut self, ready: &[(Token, PollFlags)]) {
+        for &(token, flags) in ready {
+            match token {
+                Token::Pipe(index, request_id, stream) => {
+                    if let Some(connection) = self.connections.get_mut(index) {
+                        connection.move_data(request_id, stream, &mut self.scratch);
+                    }
+                }
+                Token::Signals => self.take_signals(),
+                Token::Client(index) => self.serve(index, flags),
+                Token::Listener(index) => self.accept(index),
+            }
+        }
+        if self.signals.take_missed() {
+            self.reap();
+        }
+        for connection in &mut self.connections {
+            connection.report();
+            if connection.wants_to_send() {
+                connection.flush();
+            }
+        }
+        self.connections.retain(|connection| !connection.is_over());
+    }
+
+    fn take_signals(&mut self) {
+        let tidings = self.signals.take();
+        if tidings.child {
+            self.reap();
+        }
+        if tidings.end {
+            self.shutdown.get_or_insert_default();
+        }
+    }
+
+    /// Reaps every child that has ended: programs, and orphans that nobody else waits for.
+    fn reap(&mut self) {
+        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
+            let mut connections = self.connections.iter_mut();
+            connections.any(|connection| connection.reaped(pid, status));
+        }
+    }
+
+    fn serve(&mut self, index: usize, flags: PollFlags) {
+        let Some(connection) = self.connections.get_mut(index) else {
+            return;
+        };
+        if flags.contains(PollFlags::IN) && connection.wants_requests() {
+            connection.receive(&mut Context {
+                home: &self.home,
+                scratch: &mut self.scratch,
+                source_files: &mut self.source_files,
+                is_init: self.is_init,
+                shutdown: &mut self.shutdown,
+                signals: &self.signals,
+            });
+        } else if flags.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
+            connection.hung_up();
+        }
+    }
+
+    fn accept(&mut self, index: usize) {
+        let Some(listener) = self.listeners.get(index) else {
+            return;
+        };
+        // One per turn; the rest makes the listener ready again. A client that left while it
+        // waited is no loss.
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        if let Ok(socket) = accept_with(listener, flags) {
+            self.connections.push(Connection::new(socket, self.hello()));
+        }
+    }
+}
