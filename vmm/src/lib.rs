@@ -14,5 +14,6 @@ pub mod host;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod sys;
 pub mod timings;
 pub mod vcpu;

@@ -17,6 +17,7 @@ use vm_memory::{GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+pub mod blk;
 pub mod mmio;
 pub mod queue;
 pub mod rng;

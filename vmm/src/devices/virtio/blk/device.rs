@@ -1,0 +1,276 @@
+//! The block device: configuration space, one queue, one file.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use rustix::fs::{OFlags, fcntl_getfl};
+use thiserror::Error;
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::queue::{Disk, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS, SECTOR};
+use crate::devices::virtio::queue::{Outcome, Served, serve};
+use crate::devices::virtio::{
+    Activation, F_EVENT_IDX, F_VERSION_1, VirtioDevice, device_type, new_queue_events, notify_all,
+    read_config_bytes, watch_queues,
+};
+
+/// A driver initialises every descriptor, so a long queue costs boot time.
+const QUEUE_SIZES: [u16; 1] = [128];
+
+/// Features (section 5.2.3).
+pub(super) mod feature {
+    pub const SEG_MAX: u64 = 1 << 2;
+    pub const RO: u64 = 1 << 5;
+    pub const BLK_SIZE: u64 = 1 << 6;
+    pub const FLUSH: u64 = 1 << 9;
+    pub const DISCARD: u64 = 1 << 13;
+    pub const WRITE_ZEROES: u64 = 1 << 14;
+}
+
+/// Size in bytes of `struct virtio_blk_config` as far as it is used (section 5.2.4).
+const CONFIG_SIZE: usize = 60;
+
+/// A disk for the guest.
+#[derive(Debug)]
+pub struct BlockConfig {
+    /// The open image: a regular file or a block device. Locking it is the caller's.
+    pub file: File,
+    /// Where the image is; for messages only.
+    pub path: PathBuf,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// Serial number that the guest reads, in `/sys/block/vda/serial`; cut off after 20 bytes.
+    pub id: String,
+}
+
+/// Why a file cannot be a disk.
+#[derive(Debug, Error)]
+pub enum BlockError {
+    /// Its size cannot be found.
+    #[error("cannot find the size of {path}: {source}")]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is a directory, a pipe or the like.
+    #[error("{path} is neither a regular file nor a block device")]
+    Kind {
+        /// The image.
+        path: PathBuf,
+    },
+    /// It holds no sector.
+    #[error("{path} has {len} bytes, less than one sector of 512")]
+    TooSmall {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        len: u64,
+    },
+    /// It is open for reading only, and the guest is to write.
+    #[error("{path} is open for reading only, but its disk is writable")]
+    NotWritable {
+        /// The image.
+        path: PathBuf,
+    },
+    /// No event for its queue.
+    #[error("cannot make an eventfd for the disk {path}: {source}")]
+    EventFd {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not the disk that was saved.
+    #[error("{path} has {sectors} sectors, the saved disk {saved}")]
+    SavedSize {
+        /// The image.
+        path: PathBuf,
+        /// Its size in sectors.
+        sectors: u64,
+        /// The size that was saved.
+        saved: u64,
+    },
+    /// The saved disk was writable and this one is not, or the other way round.
+    #[error("the disk {path} is {}, the saved one was not", if *read_only { "read-only" } else { "writable" })]
+    SavedMode {
+        /// The image.
+        path: PathBuf,
+        /// Whether the disk is read-only now.
+        read_only: bool,
+    },
+}
+
+/// A block device.
+pub struct Block {
+    pub(super) path: PathBuf,
+    pub(super) disk: Disk,
+    pub(super) id: String,
+    config: [u8; CONFIG_SIZE],
+    events: Arc<[EventFd]>,
+    active: Option<Activation>,
+}
+
+impl Block {
+    /// A device in the reset state. The last bytes of a file that do not fill a sector are out of the
+    /// guest's reach, with a warning.
+    pub fn new(config: BlockConfig) -> Result<Self, BlockError> {
+        let BlockConfig {
+            mut file,
+            path,
+            read_only,
+            id,
+        } = config;
+        let kind = match file.metadata() {
+            Ok(metadata) => metadata.file_type(),
+            Err(source) => return Err(BlockError::Size { path, source }),
+        };
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(BlockError::Kind { path });
+        }
+        // The size of a block device is not in its metadata.
+        let len = match file.seek(SeekFrom::End(0)) {
+            Ok(len) => len,
+            Err(source) => return Err(BlockError::Size { path, source }),
+        };
+        let sectors = len / SECTOR;
+        if sectors == 0 {
+            return Err(BlockError::TooSmall { path, len });
+        }
+        if len % SECTOR != 0 {
+            log::warn!(
+                "{}: the last {} bytes do not fill a sector and are not part of the disk",
+                path.display(),
+                len % SECTOR
+            );
+        }
+        let writable = fcntl_getfl(&file).map(|flags| flags & OFlags::ACCMODE != OFlags::RDONLY);
+        if !read_only && !writable.unwrap_or(false) {
+            return Err(BlockError::NotWritable { path });
+        }
+        let events = match new_queue_events(QUEUE_SIZES.len()) {
+            Ok(events) => events,
+            Err(source) => return Err(BlockError::EventFd { path, source }),
+        };
+        Ok(Self {
+            path,
+            config: config_space(sectors, read_only),
+            disk: Disk {
+                file,
+                sectors,
+                read_only,
+                serial: serial(&id),
+            },
+            id,
+            events,
+            active: None,
+        })
+    }
+
+    fn serve(&mut self) {
+        let Some(active) = &mut self.active else {
+            return;
+        };
+        if active.signal.has_failed() {
+            return;
+        }
+        let (disk, memory, signal) = (&self.disk, &*active.memory, &*active.signal);
+        let served = serve(&mut active.queues[0], memory, signal, |chain| {
+            disk.request(memory, chain, signal).map(Outcome::Used)
+        });
+        match served {
+            Ok(Served::All) => {}
+            Ok(Served::More) => notify_all(&self.events),
+            Err(error) => signal.fail(error),
+        }
+    }
+}
+
+impl VirtioDevice for Block {
+    fn name(&self) -> String {
+        format!("virtio-blk {}", self.id)
+    }
+
+    fn device_type(&self) -> u32 {
+        device_type::BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let common =
+            F_VERSION_1 | F_EVENT_IDX | feature::SEG_MAX | feature::BLK_SIZE | feature::FLUSH;
+        if self.disk.read_only {
+            common | feature::RO
+        } else {
+            common | feature::DISCARD | feature::WRITE_ZEROES
+        }
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn queue_events(&self) -> Arc<[EventFd]> {
+        self.events.clone()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&self.config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        self.active = Some(activation);
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+    }
+
+    fn queues_mut(&mut self) -> &mut [Queue] {
+        self.active.as_mut().map_or(&mut [], |a| &mut a.queues)
+    }
+}
+
+impl MutEventSubscriber for Block {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch_queues(&self.events, ops);
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        // An empty counter is as good as a full one: the queue is looked at either way.
+        let _ = self.events[0].read();
+        self.serve();
+    }
+}
+
+/// `struct virtio_blk_config`.
+fn config_space(sectors: u64, read_only: bool) -> [u8; CONFIG_SIZE] {
+    let mut config = [0; CONFIG_SIZE];
+    let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, &sectors.to_le_bytes());
+    // Header and status take a descriptor each.
+    put(12, &(u32::from(QUEUE_SIZES[0]) - 2).to_le_bytes());
+    put(20, &512u32.to_le_bytes());
+    if !read_only {
+        put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
+        put(40, &MAX_RANGES.to_le_bytes());
+        // In sectors: what a file system can give back.
+        put(44, &8u32.to_le_bytes());
+        put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
+        put(52, &MAX_RANGES.to_le_bytes());
+        put(56, &[1]);
+    }
+    config
+}
+
+fn serial(id: &str) -> [u8; 20] {
+    let mut serial = [0; 20];
+    let len = id.len().min(serial.len());
+    serial[..len].copy_from_slice(&id.as_bytes()[..len]);
+    serial
+}

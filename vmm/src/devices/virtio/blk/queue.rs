@@ -1,0 +1,266 @@
+//! Requests to a disk (Virtio 1.2, section 5.2.6), of any framing.
+//!
+//! A request that can be answered is: a bad one with IOERR, an unknown one with UNSUPP. Only a chain
+//! without room for the status stops the device. A request reaches the file only after every sector of
+//! it was found to be on the disk.
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
+
+use crate::devices::virtio::queue::{
+    Buffers, Chain, QueueError, copy_from, copy_to, split_front, total_len,
+};
+use crate::devices::virtio::signal::Signal;
+use crate::devices::virtio::{GuestMemory, GuestSlice};
+use crate::sys::vectored;
+
+/// Bytes in a sector, whatever the block size.
+pub(super) const SECTOR: u64 = 512;
+/// Most ranges of one DISCARD or WRITE_ZEROES request.
+pub(super) const MAX_RANGES: u32 = 16;
+/// Most sectors of one range to discard: 1 GiB.
+pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// Most sectors of one range to zero: 16 MiB, as they may have to be written.
+pub(super) const MAX_ZEROES_SECTORS: u32 = 1 << 15;
+
+const HEADER_LEN: usize = 16;
+const RANGE_LEN: usize = 16;
+const UNMAP: u32 = 1;
+
+/// Request types.
+mod request_type {
+    pub const IN: u32 = 0;
+    pub const OUT: u32 = 1;
+    pub const FLUSH: u32 = 4;
+    pub const GET_ID: u32 = 8;
+    pub const DISCARD: u32 = 11;
+    pub const WRITE_ZEROES: u32 = 13;
+}
+
+/// What a request came to; the number is its status byte.
+#[derive(Debug)]
+enum Failure {
+    Io(String),
+    Unsupported,
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error.to_string())
+    }
+}
+
+impl From<&str> for Failure {
+    fn from(reason: &str) -> Self {
+        Self::Io(reason.into())
+    }
+}
+
+/// The disk: a file and what the guest may do with it.
+pub(super) struct Disk {
+    pub(super) file: File,
+    pub(super) sectors: u64,
+    pub(super) read_only: bool,
+    pub(super) serial: [u8; 20],
+}
+
+impl Disk {
+    /// Carries out the request in `chain` and writes its status; returns the used length.
+    pub(super) fn request<'m>(
+        &self,
+        memory: &'m GuestMemory,
+        chain: Chain<'m>,
+        signal: &Signal,
+    ) -> Result<u32, QueueError> {
+        let head = chain.head_index();
+        let mut buffers = Buffers::collect(memory, chain)?;
+        // The status is the last writable byte; all before it is for data.
+        let writable_len = total_len(&buffers.writable);
+        let mut writable = std::mem::take(&mut buffers.writable);
+        let data_len = usize::try_from(writable_len).ok();
+        let Some(data_len) = data_len.and_then(|len| len.checked_sub(1)) else {
+            let reason = "a disk request without room for its status".into();
+            return Err(QueueError::Request { head, reason });
+        };
+        let data = split_front(&mut writable, data_len);
+        let status = match self.carry_out(&mut buffers.readable, data) {
+            Ok(()) => 0,
+            Err(Failure::Io(reason)) => {
+                signal.warn(format_args!("request failed: {reason}"));
+                1
+            }
+            Err(Failure::Unsupported) => 2,
+        };
+        copy_to(&writable, &[status]);
+        // The driver finds the status only if the length covers it.
+        Ok(u32::try_from(writable_len).unwrap_or(u32::MAX))
+    }
+
+    fn carry_out(
+        &self,
+        readable: &mut Vec<GuestSlice>,
+        writable: Vec<GuestSlice>,
+    ) -> Result<(), Failure> {
+        let mut header = [0; HEADER_LEN];
+        let front = split_front(readable, HEADER_LEN);
+        if copy_from(&front, &mut header) != HEADER_LEN {
+            return Err("its header is too short".into());
+        }
+        let [kind, _, sector_low, sector_high] = le_words(&header);
+        let sector = u64::from(sector_high) << 32 | u64::from(sector_low);
+        match kind {
+            request_type::IN => self.read(sector, writable),
+            request_type::OUT => self.write(sector, readable),
+            request_type::FLUSH => Ok(self.file.sync_data()?),
+            request_type::GET_ID => {
+                copy_to(&writable, &self.serial);
+                Ok(())
+            }
+            request_type::DISCARD | request_type::WRITE_ZEROES => self.ranges(kind, readable),
+            _ => Err(Failure::Unsupported),
+        }
+    }
+
+    fn read(&self, sector: u64, mut slices: Vec<GuestSlice>) -> Result<(), Failure> {
+        let mut offset = self.offset(sector, total_len(&slices))?;
+        while !slices.is_empty() {
+            let done = retry(|| vectored::read_at(&self.file, &slices, offset))?;
+            if done == 0 {
+                return Err("the image has become shorter".into());
+            }
+            split_front(&mut slices, done);
+            offset += done as u64;
+        }
+        Ok(())
+    }
+
+    fn write(&self, sector: u64, slices: &mut Vec<GuestSlice>) -> Result<(), Failure> {
+        if self.read_only {
+            return Err("the disk is read-only".into());
+        }
+        let mut offset = self.offset(sector, total_len(slices))?;
+        while !slices.is_empty() {
+            let done = retry(|| vectored::write_at(&self.file, slices, offset))?;
+            if done == 0 {
+                return Err("the image takes no more".into());
+            }
+            split_front(slices, done);
+            offset += done as u64;
+        }
+        Ok(())
+    }
+
+    /// Where `sector` is in the file, if it and `len` bytes from it on are on the disk.
+    fn offset(&self, sector: u64, len: u64) -> Result<u64, Failure> {
+        if len % SECTOR != 0 {
+            return Err(Failure::Io(format!("{len} bytes are not whole sectors")));
+        }
+        sector
+            .checked_add(len / SECTOR)
+            .filter(|&end| end <= self.sectors)
+            .map(|_| sector * SECTOR)
+            .ok_or_else(|| {
+                Failure::Io(format!(
+                    "sector {sector} and {len} bytes are past the end, {} sectors",
+                    self.sectors
+                ))
+            })
+    }
+
+    /// DISCARD and WRITE_ZEROES: a list of ranges, all of which are checked before the first is done.
+    fn ranges(&self, kind: u32, readable: &[GuestSlice]) -> Result<(), Failure> {
+        if self.read_only {
+            // Neither is offered then.
+            return Err(Failure::Unsupported);
+        }
+        let len = total_len(readable);
+        let most = u64::from(MAX_RANGES) * RANGE_LEN as u64;
+        if len == 0 || len % RANGE_LEN as u64 != 0 || len > most {
+            return Err(Failure::Io(format!("{len} bytes are not a list of ranges")));
+        }
+        let mut list = [0; MAX_RANGES as usize * RANGE_LEN];
+        let len = copy_from(readable, &mut list);
+        let discard = kind == request_type::DISCARD;
+        let mut ranges = Vec::new();
+        for range in list[..len].chunks_exact(RANGE_LEN) {
+            let [sector_low, sector_high, sectors, flags] = le_words(range);
+            // Section 5.2.6.2: reserved bits, and unmap for a discard, are not supported.
+            if flags & !UNMAP != 0 || discard && flags != 0 {
+                return Err(Failure::Unsupported);
+            }
+            let most = if discard {
+                MAX_DISCARD_SECTORS
+            } else {
+                MAX_ZEROES_SECTORS
+            };
+            if sectors > most {
+                return Err("its range is longer than the configuration allows".into());
+            }
+            let sector = u64::from(sector_high) << 32 | u64::from(sector_low);
+            let len = u64::from(sectors) * SECTOR;
+            ranges.push((self.offset(sector, len)?, len, flags & UNMAP != 0));
+        }
+        for (offset, len, unmap) in ranges {
+            match (len, discard) {
+                (0, _) => {}
+                (_, true) => self.discard(offset, len)?,
+                (_, false) => self.write_zeroes(offset, len, unmap)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives room back to the host, if its file system can. A discarded range then reads as zeroes.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(&self.file, punch, offset, len) {
+            // A discard is a hint.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let how = if unmap {
+            FallocateFlags::PUNCH_HOLE
+        } else {
+            FallocateFlags::ZERO_RANGE
+        };
+        match fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, offset, len) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                use std::os::unix::fs::FileExt;
+                let (zeroes, end) = ([0; 0x4000], offset + len);
+                let mut at = offset;
+                while at < end {
+                    let part = (end - at).min(zeroes.len() as u64);
+                    let part = usize::try_from(part).unwrap_or(zeroes.len());
+                    self.file.write_all_at(&zeroes[..part], at)?;
+                    at += part as u64;
+                }
+                Ok(())
+            }
+            result => Ok(result?),
+        }
+    }
+}
+
+/// Four little-endian words from 16 bytes.
+fn le_words(bytes: &[u8]) -> [u32; 4] {
+    let mut words = [0; 4];
+    for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(4)) {
+        *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+    }
+    words
+}
+
+fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! Thin wrappers around system calls that no crate of ours offers safely.
+//!
+//! Each file wraps one thing and states the invariant that makes its `unsafe` sound.
+#![allow(unsafe_code)]
+
+pub mod vectored;
