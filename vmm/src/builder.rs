@@ -8,7 +8,8 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use kvm_ioctls::VmFd;
+use event_manager::MutEventSubscriber;
+use kvm_ioctls::{IoEventAddress, VmFd};
 use thiserror::Error;
 use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -16,9 +17,14 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::arch::x86_64::boot::{self, BootError};
 use crate::arch::x86_64::kernel::{Kernel, KernelError, LoadedKernel};
 use crate::arch::x86_64::{layout, mptable};
-use crate::config::{ConfigError, ConsoleConfig, VmConfig};
-use crate::devices::bus::{Bus, BusDevice, BusError};
+use crate::config::{ConfigError, ConsoleConfig, DriveConfig, VmConfig};
+use crate::devices::bus::{Bus, BusError};
 use crate::devices::serial::{ConsoleTail, Keyboard, SerialPort};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::blk::{Block, BlockConfig, BlockError};
+use crate::devices::virtio::mmio::MmioTransport;
+use crate::devices::virtio::rng::{Rng, RngError};
+use crate::drive::{Drive, DriveError};
 use crate::event_loop::{EventLoopError, Subscriber};
 use crate::exit::ExitLatch;
 use crate::host::{self, KvmKind};
@@ -27,6 +33,9 @@ use crate::machine::{Machine, Parts};
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::timings::Timings;
 use crate::vcpu::{self, VcpuContext};
+
+/// Offset of the register QueueNotify in a virtio-mmio window (Virtio 1.2, section 4.2.2).
+const QUEUE_NOTIFY: u64 = 0x50;
 
 /// Why a machine could not be built.
 #[derive(Debug, Error)]
@@ -60,6 +69,23 @@ pub enum BuildError {
         /// What the system said.
         source: io::Error,
     },
+    /// A disk's file cannot be used.
+    #[error(transparent)]
+    Drive(#[from] DriveError),
+    /// A disk cannot be made of its file.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// There is no entropy device.
+    #[error(transparent)]
+    Rng(#[from] RngError),
+    /// There are not enough interrupt lines.
+    #[error(
+        "too many devices: {max} virtio devices are possible, the entropy device and vsock among them"
+    )]
+    TooManyDevices {
+        /// How many are possible.
+        max: u32,
+    },
     /// The event loop did not start.
     #[error(transparent)]
     EventLoop(#[from] EventLoopError),
@@ -76,11 +102,12 @@ pub fn build(config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, Build
     let ram = layout::ram_ranges(config.memory_mib << 20);
     let ram_end = ram.first().map_or(0, |(start, len)| start + len);
     let kernel = Kernel::open(&config.kernel, ram_end)?;
-    let mut devices = Devices::new(config)?;
+    let memory = Arc::new(memory::create(&ram)?);
+    let mut devices = Devices::new(config, &memory)?;
+    let cmdline = devices.cmdline(config, kind);
     timings.mark("inputs checked");
 
     let vm = kvm::create_vm(&kvm)?;
-    let memory = Arc::new(memory::create(&ram)?);
     timings.mark("VM made");
 
     let cpus = u8::try_from(config.cpus).unwrap_or(u8::MAX);
@@ -88,7 +115,7 @@ pub fn build(config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, Build
     let (vcpus, loaded) = std::thread::scope(|scope| -> Result<_, BuildError> {
         let slots = scope.spawn(|| kvm::register_memory(&vm, &memory));
         let vcpus = vcpu::create(&kvm, &vm, cpus, software)?;
-        let loaded = load(kernel, &memory, &ram, &devices.cmdline(config, kind), cpus)?;
+        let loaded = load(kernel, &memory, &ram, &cmdline, cpus)?;
         timings.mark("kernel loaded");
         slots.join().unwrap_or_else(|_| {
             Err(call_failed("KVM_SET_USER_MEMORY_REGION")(io::Error::other(
@@ -140,36 +167,48 @@ fn load(
 
 /// The devices of a machine, before KVM knows of them.
 struct Devices {
+    memory: Arc<GuestMemory>,
     pio: Bus,
     mmio: Bus,
+    /// GSI and line of each device that interrupts.
     irqs: Vec<(u32, EventFd)>,
+    /// First address and queue events of each virtio device's window, in the order of the windows.
+    windows: Vec<(u64, Vec<EventFd>)>,
     subscribers: Vec<Subscriber>,
+    root: Option<Root>,
     exit: ExitLatch,
     console: ConsoleTail,
 }
 
+/// What the kernel needs to mount its root file system.
+struct Root {
+    read_only: bool,
+    file_system: Option<&'static str>,
+}
+
 impl Devices {
-    fn new(config: &VmConfig) -> Result<Self, BuildError> {
+    fn new(config: &VmConfig, memory: &Arc<GuestMemory>) -> Result<Self, BuildError> {
         let mut devices = Self {
+            memory: Arc::clone(memory),
             pio: Bus::default(),
             mmio: Bus::default(),
             irqs: Vec::new(),
+            windows: Vec::new(),
             subscribers: Vec::new(),
+            root: None,
             exit: ExitLatch::new()?,
             console: ConsoleTail::default(),
         };
         devices.add_serial(&config.console)?;
-        devices.pio_device(layout::I8042_PORT, 5, Keyboard::new(devices.exit.clone()))?;
+        let keyboard = Keyboard::new(devices.exit.clone());
+        devices
+            .pio
+            .insert(layout::I8042_PORT, 5, Arc::new(Mutex::new(keyboard)))?;
+        for (index, drive) in config.drives.iter().enumerate() {
+            devices.add_drive(index, drive)?;
+        }
+        devices.add_virtio(Rng::new()?)?;
         Ok(devices)
-    }
-
-    fn pio_device(
-        &mut self,
-        port: u64,
-        ports: u64,
-        device: impl BusDevice + 'static,
-    ) -> Result<(), BusError> {
-        self.pio.insert(port, ports, Arc::new(Mutex::new(device)))
     }
 
     /// A new interrupt line to the IOAPIC's pin `gsi`.
@@ -193,16 +232,76 @@ impl Devices {
         };
         let line = Arc::new(self.irq(layout::SERIAL_GSI)?);
         let port = SerialPort::new(line, self.console.clone(), stream);
-        self.pio_device(layout::SERIAL_PORT, 8, port)?;
+        self.pio
+            .insert(layout::SERIAL_PORT, 8, Arc::new(Mutex::new(port)))?;
         Ok(())
     }
 
-    /// The kernel's command line: what every guest needs, what this kind of KVM needs, the devices, the user's words.
+    fn add_drive(&mut self, index: usize, config: &DriveConfig) -> Result<(), BuildError> {
+        let Drive { file, file_system } = Drive::open(config)?;
+        let read_only = config.read_only;
+        if index == 0 {
+            self.root = Some(Root {
+                read_only,
+                file_system,
+            });
+        }
+        let id = format!("drive-{index}");
+        self.add_virtio(Block::new(BlockConfig {
+            file,
+            path: config.path.clone(),
+            read_only,
+            id,
+        })?)
+    }
+
+    /// Gives a virtio device the next window, interrupt line and a place in the event loop.
+    fn add_virtio<D>(&mut self, device: D) -> Result<(), BuildError>
+    where
+        D: VirtioDevice + MutEventSubscriber + 'static,
+    {
+        let index = u32::try_from(self.windows.len()).unwrap_or(u32::MAX);
+        let gsi = layout::VIRTIO_GSI_START.saturating_add(index);
+        if gsi > layout::GSI_MAX {
+            let max = layout::GSI_MAX - layout::VIRTIO_GSI_START + 1;
+            return Err(BuildError::TooManyDevices { max });
+        }
+        let base = layout::VIRTIO_MMIO_START + u64::from(index) * layout::VIRTIO_MMIO_SIZE;
+        let irq = Arc::new(self.irq(gsi)?);
+        let device = Arc::new(Mutex::new(device));
+        let transport = MmioTransport::new(Arc::clone(&self.memory), irq, Arc::clone(&device) as _);
+        let events = transport.queue_events().iter().map(EventFd::try_clone);
+        self.windows
+            .push((base, events.collect::<io::Result<_>>()?));
+        self.mmio.insert(
+            base,
+            layout::VIRTIO_MMIO_SIZE,
+            Arc::new(Mutex::new(transport)),
+        )?;
+        self.subscribers.push(device);
+        Ok(())
+    }
+
+    /// The kernel's command line: what every guest needs, what this kind of KVM needs, the devices, the
+    /// user's words.
     fn cmdline(&self, config: &VmConfig, kind: KvmKind) -> String {
         let mut words = vec![
-            "console=ttyS0 reboot=k panic=-1".to_owned(),
+            "console=ttyS0 reboot=k panic=-1 quiet".to_owned(),
             kind.cmdline().to_owned(),
         ];
+        for ((base, _), gsi) in self.windows.iter().zip(layout::VIRTIO_GSI_START..) {
+            words.push(format!(
+                "virtio_mmio.device={:#x}@{base:#x}:{gsi}",
+                layout::VIRTIO_MMIO_SIZE
+            ));
+        }
+        if let Some(root) = &self.root {
+            words.push(format!(
+                "root=/dev/vda {}",
+                if root.read_only { "ro" } else { "rw" }
+            ));
+            words.extend(root.file_system.map(|name| format!("rootfstype={name}")));
+        }
         words.push(config.cmdline.clone());
         words.retain(|word| !word.is_empty());
         words.join(" ")
@@ -213,6 +312,13 @@ impl Devices {
         for (gsi, line) in &self.irqs {
             vm.register_irqfd(line, *gsi)
                 .map_err(call_failed("KVM_IRQFD"))?;
+        }
+        for (base, events) in &self.windows {
+            let notify = IoEventAddress::Mmio(base + QUEUE_NOTIFY);
+            for (queue, event) in (0u32..).zip(events) {
+                vm.register_ioevent(event, &notify, queue)
+                    .map_err(call_failed("KVM_IOEVENTFD"))?;
+            }
         }
         Ok(())
     }

@@ -30,6 +30,10 @@ pub struct Parts {
 /// A running virtual machine.
 ///
 /// Fields are dropped in this order: the processors stop, then the devices, then KVM lets go of the memory, then it is unmapped.
+#[expect(
+    dead_code,
+    reason = "most fields are held for the order of their drops"
+)]
 pub struct Machine {
     vcpus: Vec<VcpuThread>,
     event_loop: EventLoop,

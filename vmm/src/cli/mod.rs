@@ -79,13 +79,16 @@ impl CliError {
         match self {
             Self::BadInput(_) => status::BAD_INPUT,
             Self::Build(error) => match error {
-                BuildError::Config(_) | BuildError::Kernel(_) | BuildError::Console { .. } => {
-                    status::BAD_INPUT
-                }
-                BuildError::Boot(_) => status::BAD_INPUT,
-                BuildError::Kvm(Missing | Permission | Open(_) | ApiVersion(_) | Capability(_)) => {
-                    status::BAD_INPUT
-                }
+                BuildError::Config(_)
+                | BuildError::Kernel(_)
+                | BuildError::Boot(_)
+                | BuildError::Drive(_)
+                | BuildError::Block(_)
+                | BuildError::TooManyDevices { .. }
+                | BuildError::Console { .. }
+                | BuildError::Kvm(
+                    Missing | Permission | Open(_) | ApiVersion(_) | Capability(_),
+                ) => status::BAD_INPUT,
                 _ => status::MONITOR,
             },
             Self::Vm { reason, .. } => match reason {

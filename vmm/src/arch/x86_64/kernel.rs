@@ -9,9 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use linux_loader::bootparam::setup_header;
-use linux_loader::loader::{self, BzImage, Elf, KernelLoader};
+use linux_loader::loader::{self, BzImage, KernelLoader};
 use thiserror::Error;
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::layout::HIMEM_START;
 use crate::memory::GuestMemory;
@@ -77,6 +77,14 @@ pub enum KernelError {
         /// First address after the RAM below the hole.
         ram_end: u64,
     },
+    /// It could not be copied into guest memory.
+    #[error("cannot copy the kernel {path} into guest memory: {source}")]
+    Copy {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The loader found fault with it all the same.
     #[error("cannot load the kernel {path}: {source}")]
     Load {
@@ -96,8 +104,18 @@ pub struct LoadedKernel {
     pub setup: Option<setup_header>,
 }
 
+/// Bytes of the file that belong into guest memory.
+struct Segment {
+    /// Offset in the file.
+    offset: u64,
+    /// Guest-physical address.
+    address: u64,
+    /// Bytes.
+    len: u64,
+}
+
 enum Image {
-    Elf,
+    Elf { entry: u64, segments: Vec<Segment> },
     BzImage,
 }
 
@@ -136,11 +154,9 @@ impl Kernel {
         }
         file.read_exact_at(&mut magic, 0).map_err(read_error)?;
         let image = if &magic == b"\x7fELF" {
-            check.elf()?;
-            Image::Elf
+            check.elf()?
         } else {
-            check.bzimage()?;
-            Image::BzImage
+            check.bzimage()?
         };
         Ok(Self {
             path: path.to_owned(),
@@ -150,25 +166,58 @@ impl Kernel {
     }
 
     /// Copies the kernel into guest memory.
-    pub fn load(mut self, memory: &GuestMemory) -> Result<LoadedKernel, KernelError> {
-        let himem = Some(GuestAddress(HIMEM_START));
-        let loaded = match self.image {
-            Image::Elf => Elf::load(memory, None, &mut self.file, himem),
-            Image::BzImage => BzImage::load(memory, None, &mut self.file, himem),
-        };
-        let loaded = loaded.map_err(|source| KernelError::Load {
-            path: self.path,
-            source,
-        })?;
-        let offset = match self.image {
-            Image::Elf => 0,
-            Image::BzImage => BZIMAGE_ENTRY64,
-        };
-        Ok(LoadedKernel {
-            entry: loaded.kernel_load.0 + offset,
-            setup: loaded.setup_header,
-        })
+    pub fn load(self, memory: &GuestMemory) -> Result<LoadedKernel, KernelError> {
+        let Self {
+            path,
+            mut file,
+            image,
+        } = self;
+        match image {
+            Image::Elf { entry, segments } => {
+                for segment in segments {
+                    copy_segment(&file, &segment, memory).map_err(|source| KernelError::Copy {
+                        path: path.clone(),
+                        source,
+                    })?;
+                }
+                Ok(LoadedKernel { entry, setup: None })
+            }
+            Image::BzImage => {
+                let himem = Some(GuestAddress(HIMEM_START));
+                let loaded = BzImage::load(memory, None, &mut file, himem)
+                    .map_err(|source| KernelError::Load { path, source })?;
+                let entry = loaded.kernel_load.0 + BZIMAGE_ENTRY64;
+                Ok(LoadedKernel {
+                    entry,
+                    setup: loaded.setup_header,
+                })
+            }
+        }
     }
+}
+
+/// Copies by writing to the memory's file, not through its mapping: a page that is written whole is not cleared
+/// first, and takes no page fault. That halves the time of what is most of the monitor's own start.
+fn copy_segment(kernel: &File, segment: &Segment, memory: &GuestMemory) -> io::Result<()> {
+    const CHUNK: u64 = 256 << 10;
+    let start = GuestAddress(segment.address);
+    // The check has seen that the segment lies within the first region.
+    let region = memory
+        .find_region(start)
+        .filter(|region| region.last_addr().0 - segment.address >= segment.len.saturating_sub(1));
+    let (region, backing) = region
+        .and_then(|region| Some((region, region.file_offset()?)))
+        .ok_or_else(|| io::Error::other("the segment lies outside the guest's memory file"))?;
+    let target = backing.start() + (segment.address - region.start_addr().0);
+    let mut chunk = vec![0; usize::try_from(segment.len.min(CHUNK)).unwrap_or(0)];
+    let mut done = 0;
+    while done < segment.len {
+        let len = usize::try_from((segment.len - done).min(CHUNK)).unwrap_or(0);
+        kernel.read_exact_at(&mut chunk[..len], segment.offset + done)?;
+        backing.file().write_all_at(&chunk[..len], target + done)?;
+        done += len as u64;
+    }
+    Ok(())
 }
 
 /// The file under examination.
@@ -224,7 +273,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn elf(&self) -> Result<(), KernelError> {
+    fn elf(&self) -> Result<Image, KernelError> {
         let header: [u8; ELF_HEADER_LEN] = self.bytes(0)?;
         let u16_at = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
         if header[4] != 2 || header[5] != 1 || u16_at(18) != EM_X86_64 {
@@ -234,25 +283,32 @@ impl Check<'_> {
             return Err(self.not("it is an ELF file, but no executable (ET_EXEC)"));
         }
         let table = u64_at(&header, 32);
-        let mut loads = false;
+        let mut segments = Vec::new();
         for index in 0..u64::from(u16_at(56)) {
             let offset = table.saturating_add(index * PROGRAM_HEADER_LEN as u64);
             let program: [u8; PROGRAM_HEADER_LEN] = self.bytes(offset)?;
             if u32_at(&program, 0) != PT_LOAD {
                 continue;
             }
-            loads = true;
-            self.within(u64_at(&program, 8), u64_at(&program, 32))?;
-            let size = u64_at(&program, 40).max(u64_at(&program, 32));
-            self.fits(u64_at(&program, 24), size)?;
+            let (offset, address) = (u64_at(&program, 8), u64_at(&program, 24));
+            let (len, size) = (u64_at(&program, 32), u64_at(&program, 40));
+            self.within(offset, len)?;
+            self.fits(address, size.max(len))?;
+            segments.push(Segment {
+                offset,
+                address,
+                len,
+            });
         }
-        if !loads {
+        if segments.is_empty() {
             return Err(self.not("it is an ELF file with nothing to load"));
         }
-        self.fits(u64_at(&header, 24), 1)
+        let entry = u64_at(&header, 24);
+        self.fits(entry, 1)?;
+        Ok(Image::Elf { entry, segments })
     }
 
-    fn bzimage(&self) -> Result<(), KernelError> {
+    fn bzimage(&self) -> Result<Image, KernelError> {
         if self.len < HEADER + 4 || &self.bytes::<4>(HEADER)? != b"HdrS" {
             return Err(self.not("it begins neither as an ELF file nor as a bzImage"));
         }
@@ -267,7 +323,8 @@ impl Check<'_> {
         // The size is rounded up to 16 bytes, the file need not be.
         self.within((sectors + 1) * 512, body.saturating_sub(15))?;
         let init_size = u64::from(u32::from_le_bytes(self.bytes(INIT_SIZE)?));
-        self.fits(HIMEM_START, init_size.max(body))
+        self.fits(HIMEM_START, init_size.max(body))?;
+        Ok(Image::BzImage)
     }
 }
 
@@ -325,7 +382,7 @@ mod tests {
     #[test]
     fn an_elf_kernel_is_loaded_where_it_says() {
         use vm_memory::Bytes;
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 32 << 20)]).unwrap();
+        let memory = crate::memory::create(&[(0, 32 << 20)]).unwrap();
         let loaded = open(&elf(0x100_0000, 0x1000))
             .unwrap()
             .load(&memory)
@@ -374,6 +431,6 @@ mod tests {
                 "{message}"
             );
         }
-        assert!(message(&elf(31 << 20, (1 << 20) + 1)).contains("--memory"));
+        assert!(message(&elf((32 << 20) - 8, 16)).contains("--memory"));
     }
 }

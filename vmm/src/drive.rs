@@ -1,0 +1,178 @@
+//! A disk's file on the host: opened, locked, and looked at.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use rustix::fs::{FlockOperation, flock};
+use thiserror::Error;
+
+use crate::config::DriveConfig;
+
+/// Why a file cannot serve as a disk.
+#[derive(Debug, Error)]
+pub enum DriveError {
+    /// It cannot be opened.
+    #[error("cannot open the image {path}: {source}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A directory, a pipe, or something else without sectors.
+    #[error("the image {path} is neither a regular file nor a block device")]
+    NotADisk {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another sandbox has it.
+    #[error(
+        "the image {path} is in use by another sandbox{}: stop that one, or give this one a copy",
+        if *.read_only { ", which may write to it" } else { "" }
+    )]
+    Busy {
+        /// The file.
+        path: PathBuf,
+        /// This one only wanted to read it.
+        read_only: bool,
+    },
+}
+
+/// An open disk. Its lock (flock: shared for reading, exclusive for writing) lasts as long as the file is open.
+#[derive(Debug)]
+pub struct Drive {
+    /// The file.
+    pub file: File,
+    /// The kernel's name of the file system on it, if it is a known one.
+    pub file_system: Option<&'static str>,
+}
+
+impl Drive {
+    /// Opens and locks the disk's file.
+    pub fn open(config: &DriveConfig) -> Result<Self, DriveError> {
+        let path = || config.path.clone();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!config.read_only)
+            .open(&config.path)
+            .map_err(|source| DriveError::Open {
+                path: path(),
+                source,
+            })?;
+        let kind = file
+            .metadata()
+            .map_err(|source| DriveError::Open {
+                path: path(),
+                source,
+            })?
+            .file_type();
+        if !kind.is_file() && !std::os::unix::fs::FileTypeExt::is_block_device(&kind) {
+            return Err(DriveError::NotADisk { path: path() });
+        }
+        let lock = if config.read_only {
+            FlockOperation::NonBlockingLockShared
+        } else {
+            FlockOperation::NonBlockingLockExclusive
+        };
+        match flock(&file, lock) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(DriveError::Busy {
+                    path: path(),
+                    read_only: config.read_only,
+                });
+            }
+            // A file system without locks: nothing to hold on to.
+            Err(_) => {}
+        }
+        let file_system = file_system(&file);
+        Ok(Self { file, file_system })
+    }
+}
+
+/// Recognizes a file system by its magic number (offset in bytes, bytes).
+fn file_system(file: &File) -> Option<&'static str> {
+    const MAGICS: [(u64, &[u8], &str); 5] = [
+        (1024, &[0xe2, 0xe1, 0xf5, 0xe0], "erofs"),
+        (0, b"hsqs", "squashfs"),
+        (1080, &[0x53, 0xef], "ext4"),
+        (0, b"XFSB", "xfs"),
+        (0x10040, b"_BHRfS_M", "btrfs"),
+    ];
+    let has = |&(offset, magic, _): &(u64, &[u8], &str)| {
+        let mut bytes = vec![0; magic.len()];
+        file.read_exact_at(&mut bytes, offset).is_ok() && bytes == magic
+    };
+    MAGICS
+        .iter()
+        .find(|magic| has(magic))
+        .map(|(_, _, name)| *name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(path: &std::path::Path, read_only: bool) -> DriveConfig {
+        DriveConfig {
+            path: path.to_owned(),
+            read_only,
+        }
+    }
+
+    #[test]
+    fn the_file_system_is_recognized() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(1 << 20).unwrap();
+        let open = || {
+            Drive::open(&config(image.path(), true))
+                .unwrap()
+                .file_system
+        };
+        assert_eq!(open(), None);
+        image.as_file().write_all_at(&[0x53, 0xef], 1080).unwrap();
+        assert_eq!(open(), Some("ext4"));
+        image
+            .as_file()
+            .write_all_at(&[0xe2, 0xe1, 0xf5, 0xe0], 1024)
+            .unwrap();
+        assert_eq!(open(), Some("erofs"));
+    }
+
+    #[test]
+    fn readers_share_and_a_writer_does_not() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let first = Drive::open(&config(image.path(), true)).unwrap();
+        let _second = Drive::open(&config(image.path(), true)).unwrap();
+        let busy = Drive::open(&config(image.path(), false)).unwrap_err();
+        assert!(
+            matches!(
+                busy,
+                DriveError::Busy {
+                    read_only: false,
+                    ..
+                }
+            ),
+            "{busy}"
+        );
+        drop((first, _second));
+        let _writer = Drive::open(&config(image.path(), false)).unwrap();
+        let busy = Drive::open(&config(image.path(), true)).unwrap_err();
+        assert!(busy.to_string().contains("which may write to it"), "{busy}");
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused() {
+        let error = Drive::open(&config("/dev/null".as_ref(), true)).unwrap_err();
+        assert!(matches!(error, DriveError::NotADisk { .. }), "{error}");
+        let error = Drive::open(&config("/nonexistent".as_ref(), true)).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("cannot open the image /nonexistent"),
+            "{error}"
+        );
+    }
+}
