@@ -8,6 +8,7 @@ pub mod builder;
 pub mod cli;
 pub mod config;
 pub mod devices;
+pub mod doctor;
 pub mod drive;
 pub mod event_loop;
 pub mod exit;

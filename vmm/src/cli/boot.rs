@@ -10,7 +10,7 @@ use clap::Args;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::sizes::duration;
-use super::vm_args::VmArgs;
+use super::vm_args::{VmArgs, installed_kernel};
 use super::{CliError, status};
 use crate::builder;
 use crate::config::{ConsoleConfig, DriveConfig, VmConfig};
@@ -44,7 +44,7 @@ pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
     let config = VmConfig {
         cpus: args.vm.cpus,
         memory_mib: args.vm.memory,
-        kernel: args.vm.kernel()?,
+        kernel: installed_kernel(args.vm.kernel.as_deref())?,
         cmdline: args.vm.cmdline.clone(),
         drives: args.image.iter().map(drive).collect(),
         vsock: None,

@@ -4,6 +4,7 @@
 //! where the VM or the monitor failed.
 
 mod boot;
+mod doctor;
 mod sizes;
 mod vm_args;
 
@@ -46,6 +47,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Boot(boot::BootArgs),
+    Doctor(doctor::DoctorArgs),
 }
 
 /// A failure that ends the process: a message of one line or more, and a status.
@@ -86,9 +88,9 @@ impl CliError {
                 | BuildError::Block(_)
                 | BuildError::TooManyDevices { .. }
                 | BuildError::Console { .. }
-                | BuildError::Kvm(
-                    Missing | Permission | Open(_) | ApiVersion(_) | Capability(_),
-                ) => status::BAD_INPUT,
+                | BuildError::Kvm(Missing | Permission | Open(_) | ApiVersion(_) | Capability(_)) => {
+                    status::BAD_INPUT
+                }
                 _ => status::MONITOR,
             },
             Self::Vm { reason, .. } => match reason {
@@ -138,6 +140,7 @@ pub fn main(start: Instant) -> ExitCode {
     };
     let result = match cli.command {
         Command::Boot(args) => boot::boot(&args, start),
+        Command::Doctor(args) => doctor::doctor(&args),
     };
     match result {
         Ok(status) => ExitCode::from(status),

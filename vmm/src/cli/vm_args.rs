@@ -24,21 +24,30 @@ pub struct VmArgs {
     pub cmdline: String,
 }
 
-impl VmArgs {
-    /// The kernel that was named, or the installed one.
-    pub fn kernel(&self) -> Result<PathBuf, CliError> {
-        installed(
-            self.kernel.as_deref(),
-            "vmlinux",
-            "guest kernel",
-            "./tools/build-kernel",
-            "--kernel",
-        )
-    }
+/// The kernel that was named, or the installed one.
+pub fn installed_kernel(given: Option<&Path>) -> Result<PathBuf, CliError> {
+    installed(
+        given,
+        "vmlinux",
+        "guest kernel",
+        "./tools/build-kernel",
+        "--kernel",
+    )
+}
+
+/// The root image that was named, or the installed one.
+pub fn installed_image(given: Option<&Path>) -> Result<PathBuf, CliError> {
+    installed(
+        given,
+        "image",
+        "guest image",
+        "./tools/build-image",
+        "--image",
+    )
 }
 
 /// `given`, or the file `name` in Bough's data directory (`$XDG_DATA_HOME/bough`, by default `~/.local/share/bough`).
-pub fn installed(
+fn installed(
     given: Option<&Path>,
     name: &str,
     what: &str,

@@ -3,4 +3,5 @@
 //! Each file wraps one thing and states the invariant that makes its `unsafe` sound.
 #![allow(unsafe_code)]
 
+pub mod userfaultfd;
 pub mod vectored;
