@@ -10,7 +10,7 @@ use clap::Args;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::sizes::duration;
-use super::vm_args::{VmArgs, installed_kernel};
+use super::vm_args::{VmArgs, installed_image, installed_kernel};
 use super::{CliError, status};
 use crate::builder;
 use crate::config::{ConsoleConfig, DriveConfig, VmConfig};
@@ -37,16 +37,17 @@ pub struct BootArgs {
 /// Carries out `vmm boot`.
 pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::since(start));
-    let drive = |path: &PathBuf| DriveConfig {
-        path: path.clone(),
-        read_only: true,
-    };
+    let mut drives = Vec::new();
+    if let Some(path) = &args.image {
+        let path = installed_image(Some(path))?;
+        drives.push(DriveConfig { path, read_only: true });
+    }
     let config = VmConfig {
         cpus: args.vm.cpus,
         memory_mib: args.vm.memory,
         kernel: installed_kernel(args.vm.kernel.as_deref())?,
         cmdline: args.vm.cmdline.clone(),
-        drives: args.image.iter().map(drive).collect(),
+        drives,
         vsock: None,
         console: ConsoleConfig::Stderr,
     };

@@ -1,0 +1,180 @@
+//! Bad input: each a message of one line that names the thing and the remedy, exit status 2, nothing left behind.
+
+use std::fs;
+use std::process::ExitCode;
+
+use libtest_mimic::Failed;
+use tests::Needs::{Kvm, Nothing};
+use tests::{Vmm, test};
+
+fn main() -> ExitCode {
+    tests::main(vec![
+        test("doctor_reports_for_people_and_machines", Nothing, doctor),
+        test(
+            "arguments_that_make_no_sense_are_refused",
+            Nothing,
+            arguments,
+        ),
+        test("a_kernel_that_is_none_is_refused", Kvm, bad_kernels),
+        test("a_truncated_kernel_is_refused", Kvm, truncated_kernel),
+        test(
+            "a_kernel_that_does_not_fit_is_refused",
+            Kvm,
+            too_large_kernel,
+        ),
+        test("a_missing_image_is_refused", Kvm, missing_image),
+        test("cpus_out_of_bounds_are_refused", Kvm, cpus),
+        test("memory_out_of_bounds_is_refused", Kvm, memory),
+    ])
+}
+
+/// Runs `vmm boot` with `arguments`, which must be refused with a line that holds `parts`.
+fn refused(arguments: &[&str], parts: &[&str]) -> Result<(), Failed> {
+    let runtime = tempfile::tempdir()?;
+    let words = ["boot", "--timeout", "5"].iter().chain(arguments);
+    let output = Vmm::new(words)
+        .env("XDG_RUNTIME_DIR", runtime.path())
+        .run()?;
+    output
+        .expect_status(2)?
+        .expect_stderr(parts)?
+        .expect_one_line()?;
+    let left: Vec<_> = fs::read_dir(runtime.path())?
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
+    if left
+        .iter()
+        .any(|path| fs::read_dir(path).is_ok_and(|mut dir| dir.next().is_some()))
+    {
+        return Err(format!("left behind: {left:?}").into());
+    }
+    Ok(())
+}
+
+fn doctor() -> Result<(), Failed> {
+    let text = Vmm::new(["doctor"]).run()?;
+    let json = Vmm::new(["doctor", "--json"]).run()?;
+    let report: serde_json::Value = serde_json::from_str(&json.stdout)?;
+    let findings = report["findings"].as_array().ok_or("no findings")?;
+    for name in [
+        "kvm",
+        "userfaultfd",
+        "ksm",
+        "vsock",
+        "runtime directory",
+        "open files",
+    ] {
+        if !findings.iter().any(|finding| finding["name"] == name) || !text.stdout.contains(name) {
+            return Err(format!("doctor says nothing of {name}: {report:#}").into());
+        }
+    }
+    for finding in findings
+        .iter()
+        .filter(|finding| finding["verdict"] != "good")
+    {
+        if finding["costs"].is_null() || finding["remedy"].is_null() {
+            return Err(format!("no cost or remedy: {finding:#}").into());
+        }
+    }
+    let status = if report["usable"] == true { 0 } else { 1 };
+    json.expect_status(status)?;
+    text.expect_status(status)?;
+    Ok(())
+}
+
+fn arguments() -> Result<(), Failed> {
+    for (arguments, part) in [
+        (&["boot", "--memory", "lots"][..], "give MiB as a number"),
+        (&["boot", "--timeout", "0"], "give a duration above zero"),
+        (&["boot", "--frobnicate"], "--frobnicate"),
+        (&["fly"], "fly"),
+    ] {
+        Vmm::new(arguments)
+            .run()?
+            .expect_status(2)?
+            .expect_stderr(&[part])?;
+    }
+    Ok(())
+}
+
+fn bad_kernels() -> Result<(), Failed> {
+    refused(
+        &["--kernel", "/nonexistent"],
+        &["no guest kernel at /nonexistent"],
+    )?;
+    refused(&["--kernel", "/dev/null"], &["/dev/null is not a kernel"])?;
+    refused(
+        &["--kernel", "/bin/sh"],
+        &["/bin/sh is not a kernel", "vmlinux or a bzImage"],
+    )?;
+    let text = tempfile::NamedTempFile::new()?;
+    fs::write(text.path(), "#!/bin/sh\n".repeat(1000))?;
+    refused(
+        &["--kernel", &text.path().to_string_lossy()],
+        &["is not a kernel"],
+    )
+}
+
+fn truncated_kernel() -> Result<(), Failed> {
+    let whole = tests::elf::kernel(&[0x90; 0x2000])?;
+    let bytes = fs::read(whole.path())?;
+    let cut = tempfile::NamedTempFile::new()?;
+    fs::write(cut.path(), &bytes[..0x1000])?;
+    refused(
+        &["--kernel", &cut.path().to_string_lossy()],
+        &["is truncated", "4096 bytes"],
+    )
+}
+
+fn too_large_kernel() -> Result<(), Failed> {
+    let kernel = tests::elf::kernel(&vec![0x90; 31 << 20])?;
+    refused(
+        &[
+            "--memory",
+            "32",
+            "--kernel",
+            &kernel.path().to_string_lossy(),
+        ],
+        &["does not fit", "give more --memory"],
+    )
+}
+
+fn missing_image() -> Result<(), Failed> {
+    let kernel = tests::elf::kernel(&[0xf4])?;
+    let kernel = kernel.path().to_string_lossy();
+    refused(
+        &["--kernel", &kernel, "--image", "/nonexistent"],
+        &["no guest image at /nonexistent"],
+    )?;
+    refused(
+        &["--kernel", &kernel, "--image", "/"],
+        &["the image / is neither a regular file"],
+    )
+}
+
+fn cpus() -> Result<(), Failed> {
+    let kernel = tests::elf::kernel(&[0xf4])?;
+    let kernel = kernel.path().to_string_lossy();
+    for cpus in ["0", "33", "1000"] {
+        refused(
+            &["--kernel", &kernel, "--cpus", cpus],
+            &["CPUs: give --cpus a number from 1 to"],
+        )?;
+    }
+    Ok(())
+}
+
+fn memory() -> Result<(), Failed> {
+    let kernel = tests::elf::kernel(&[0xf4])?;
+    let kernel = kernel.path().to_string_lossy();
+    refused(
+        &["--kernel", &kernel, "--memory", "31"],
+        &["give --memory at least 32 MiB"],
+    )?;
+    refused(
+        &["--kernel", &kernel, "--memory", "900T"],
+        &["this host has", "give --memory less"],
+    )?;
+    Ok(())
+}
