@@ -3,6 +3,7 @@
 //! One process runs one sandbox. See `docs/architecture.md` for the rooms of
 //! this house and the direction in which they may import each other.
 
+pub mod agent;
 pub mod arch;
 pub mod builder;
 pub mod cli;
