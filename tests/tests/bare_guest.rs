@@ -88,7 +88,7 @@ fn emulation() -> Result<(), Failed> {
 fn loops() -> Result<(), Failed> {
     boot(&[0xeb, 0xfe])?
         .expect_status(124)?
-        .expect_stderr(&["timed out after 2s"])?;
+        .expect_stderr(&["timed out after 2.0s"])?;
     Ok(())
 }
 

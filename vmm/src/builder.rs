@@ -24,6 +24,7 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Block, BlockConfig, BlockError};
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::devices::virtio::rng::{Rng, RngError};
+use crate::devices::virtio::vsock::{self, Vsock, VsockError};
 use crate::drive::{Drive, DriveError};
 use crate::event_loop::{EventLoopError, Subscriber};
 use crate::exit::ExitLatch;
@@ -78,6 +79,9 @@ pub enum BuildError {
     /// There is no entropy device.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// The vsock device cannot be made.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// There are not enough interrupt lines.
     #[error(
         "too many devices: {max} virtio devices are possible, the entropy device and vsock among them"
@@ -206,6 +210,10 @@ impl Devices {
             .insert(layout::I8042_PORT, 5, Arc::new(Mutex::new(keyboard)))?;
         for (index, drive) in config.drives.iter().enumerate() {
             devices.add_drive(index, drive)?;
+        }
+        if let Some(config) = &config.vsock {
+            let (cid, socket_path) = (config.cid, config.socket.clone());
+            devices.add_virtio(Vsock::new(vsock::VsockConfig { cid, socket_path })?)?;
         }
         devices.add_virtio(Rng::new()?)?;
         Ok(devices)

@@ -18,6 +18,7 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod sandbox;
+pub mod supervisor;
 pub mod sys;
 pub mod timings;
 pub mod vcpu;

@@ -7,15 +7,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::CliError;
 use super::sizes::duration;
 use super::vm_args::{VmArgs, installed_image, installed_kernel};
-use super::{CliError, status};
 use crate::builder;
 use crate::config::{ConsoleConfig, DriveConfig, VmConfig};
 use crate::exit::ExitReason;
 use crate::kvm::install_kick_handler;
+use crate::supervisor::{Ending, Signals, Supervisor};
 use crate::timings::Timings;
 
 /// Boot a kernel without an agent, its console on standard error, and wait until it ends
@@ -40,7 +40,10 @@ pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
     let mut drives = Vec::new();
     if let Some(path) = &args.image {
         let path = installed_image(Some(path))?;
-        drives.push(DriveConfig { path, read_only: true });
+        drives.push(DriveConfig {
+            path,
+            read_only: true,
+        });
     }
     let config = VmConfig {
         cpus: args.vm.cpus,
@@ -51,33 +54,31 @@ pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
         vsock: None,
         console: ConsoleConfig::Stderr,
     };
-    install_kick_handler().map_err(|error| CliError::Monitor(error.to_string()))?;
+    let monitor = |error: std::io::Error| CliError::Monitor(error.to_string());
+    let signals = Arc::new(Signals::catch().map_err(monitor)?);
+    install_kick_handler().map_err(monitor)?;
     let machine = builder::build(&config, &timings)?;
 
-    let rest = args
-        .timeout
-        .map(|timeout| timeout.saturating_sub(start.elapsed()));
-    let timespec = rest.and_then(|rest| Timespec::try_from(rest).ok());
-    let mut fds = [PollFd::new(machine.exit().event(), PollFlags::IN)];
-    poll(&mut fds, timespec.as_ref()).map_err(|errno| CliError::Monitor(errno.to_string()))?;
-    let reason = machine.exit().get();
+    let deadline = args.timeout.map(|timeout| start + timeout);
+    let ending = Supervisor {
+        exit: machine.exit().clone(),
+        signals,
+        deadline,
+    }
+    .wait_for_end();
     timings.mark("VM ended");
     drop(machine);
     if args.timings {
         eprint!("{timings}");
     }
-    match reason {
-        Some(ExitReason::Reset) => Ok(0),
-        Some(reason) => Err(CliError::Vm {
+    match ending {
+        Ending::Vm(ExitReason::Reset) => Ok(0),
+        // The console was printed as it came.
+        Ending::Vm(reason) => Err(CliError::Vm {
             reason,
             console: String::new(),
         }),
-        None => {
-            eprintln!(
-                "vmm: timed out after {:?}",
-                args.timeout.unwrap_or_default()
-            );
-            Ok(status::TIMEOUT)
-        }
+        Ending::Signal(signal) => Ok(signal.saturating_add(128)),
+        Ending::TimedOut => Err(CliError::Timeout(start.elapsed())),
     }
 }

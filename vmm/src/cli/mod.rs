@@ -5,11 +5,12 @@
 
 mod boot;
 mod doctor;
+mod run;
 mod sizes;
 mod vm_args;
 
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use thiserror::Error;
@@ -34,6 +35,8 @@ pub mod status {
     pub const TIMEOUT: u8 = 124;
     /// The monitor itself failed.
     pub const MONITOR: u8 = 125;
+    /// Nobody reads the output any more: what SIGPIPE would have made of it.
+    pub const BROKEN_PIPE: u8 = 141;
 }
 
 /// A microVM monitor that branches.
@@ -46,6 +49,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Run(run::RunArgs),
     Boot(boot::BootArgs),
     Doctor(doctor::DoctorArgs),
 }
@@ -68,8 +72,8 @@ pub enum CliError {
         console: String,
     },
     /// The time was over.
-    #[error("timed out after {0}")]
-    Timeout(String),
+    #[error("timed out after {0:.1?}")]
+    Timeout(Duration),
     /// The monitor itself failed.
     #[error("{0}")]
     Monitor(String),
@@ -139,6 +143,7 @@ pub fn main(start: Instant) -> ExitCode {
         }
     };
     let result = match cli.command {
+        Command::Run(args) => run::run(&args, start),
         Command::Boot(args) => boot::boot(&args, start),
         Command::Doctor(args) => doctor::doctor(&args),
     };

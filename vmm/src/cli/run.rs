@@ -1,0 +1,336 @@
+//! `vmm run`: boots a sandbox, runs one program or piece of code in it, and ends as that ends.
+
+use std::ffi::OsString;
+use std::io::{self, IsTerminal, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+
+use super::sizes::duration;
+use super::vm_args::{VmArgs, installed_image, installed_kernel};
+use super::{CliError, status};
+use crate::agent::{
+    AGENT_PORT, Agent, AgentError, EnvVar, ExecRequest, ExitStatus, Language, RunCodeRequest,
+    Stdin, Stdio,
+};
+use crate::builder;
+use crate::config::{ConsoleConfig, DriveConfig, GUEST_CID, VmConfig, VsockConfig};
+use crate::exit::ExitReason;
+use crate::kvm::install_kick_handler;
+use crate::machine::Machine;
+use crate::sandbox::SandboxDir;
+use crate::supervisor::{Ending, Signals, Supervisor};
+use crate::timings::Timings;
+
+/// A guest whose agent is not there by then never will be. Generous: on a software KVM a guest of 24 GiB takes a minute.
+const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+/// Longest source that is taken from standard input or a file, in bytes: what fits in a frame of the agent's.
+const SOURCE_MAX: u64 = 1_000_000;
+
+/// Boot a sandbox, run a program or code in it, and end with its exit status
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    vm: VmArgs,
+    /// Image with the root file system [default: the one that tools/build-image made]
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
+    /// Stop after this time, boot included: seconds, or with ms, s, m, h
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    timeout: Option<Duration>,
+    /// Print how long each phase took
+    #[arg(long)]
+    timings: bool,
+    /// Write the guest's console to this file, or to standard error for -
+    #[arg(long, value_name = "FILE")]
+    console: Option<PathBuf>,
+    /// Run code in this language: from -c, else from the file that is named first, else (or for -) from standard input
+    #[arg(long, value_enum)]
+    lang: Option<Lang>,
+    /// The code to run, with --lang
+    #[arg(short, long, value_name = "CODE", requires = "lang")]
+    code: Option<String>,
+    /// Set a variable of the program's environment
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = env_var)]
+    env: Vec<EnvVar>,
+    /// Directory of the guest to run in
+    #[arg(long, value_name = "DIR")]
+    cwd: Option<OsString>,
+    /// The program and its arguments; with --lang, a file of code and its arguments
+    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Lang {
+    Python,
+    Shell,
+}
+
+fn env_var(text: &str) -> Result<EnvVar, String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok(EnvVar {
+            name: name.to_owned(),
+            value: value.as_bytes().to_vec(),
+        }),
+        _ => Err("give NAME=VALUE".to_owned()),
+    }
+}
+
+/// What is to be run.
+enum Work {
+    Exec(ExecRequest),
+    Code {
+        request: RunCodeRequest,
+        stdin_is_source: bool,
+    },
+}
+
+impl RunArgs {
+    fn work(&self) -> Result<Work, CliError> {
+        let cwd = self.cwd.clone().unwrap_or_default().into_vec();
+        let bytes = |words: &[OsString]| -> Vec<Vec<u8>> {
+            words.iter().map(|word| word.as_bytes().to_vec()).collect()
+        };
+        let Some(lang) = self.lang else {
+            if self.command.is_empty() {
+                let message = "nothing to run: give a command after --, or code with --lang";
+                return Err(CliError::BadInput(message.to_owned()));
+            }
+            let argv = bytes(&self.command);
+            return Ok(Work::Exec(ExecRequest {
+                argv,
+                env: self.env.clone(),
+                cwd,
+                ..Default::default()
+            }));
+        };
+        let Source {
+            code,
+            filename,
+            args,
+            stdin_is_source,
+        } = self.source()?;
+        let language = match lang {
+            Lang::Python => Language::Python,
+            Lang::Shell => Language::Shell,
+        };
+        let request = RunCodeRequest {
+            language: language.into(),
+            source: code,
+            args: bytes(args),
+            env: self.env.clone(),
+            cwd,
+            filename,
+            ..Default::default()
+        };
+        Ok(Work::Code {
+            request,
+            stdin_is_source,
+        })
+    }
+
+    fn source(&self) -> Result<Source<'_>, CliError> {
+        if let Some(code) = &self.code {
+            let (code, args) = (code.as_bytes().to_vec(), self.command.as_slice());
+            return Ok(Source {
+                code,
+                filename: String::new(),
+                args,
+                stdin_is_source: false,
+            });
+        }
+        let (name, args) = match self.command.split_first() {
+            Some((name, args)) => (name.as_os_str(), args),
+            None => ("-".as_ref(), &[][..]),
+        };
+        if name == "-" {
+            if self.command.is_empty() && io::stdin().is_terminal() {
+                let message =
+                    "no code: give it with -c, as a file, or on standard input (- for a terminal)";
+                return Err(CliError::BadInput(message.to_owned()));
+            }
+            let code = read_source(io::stdin().lock(), "standard input")?;
+            return Ok(Source {
+                code,
+                filename: "stdin".to_owned(),
+                args,
+                stdin_is_source: true,
+            });
+        }
+        let shown = name.to_string_lossy();
+        let file = std::fs::File::open(name).map_err(|error| {
+            CliError::BadInput(format!("cannot read the code in {shown}: {error}"))
+        })?;
+        let code = read_source(file, &shown)?;
+        let filename = std::path::Path::new(name).file_name().unwrap_or(name);
+        let filename = filename.to_string_lossy().into_owned();
+        Ok(Source {
+            code,
+            filename,
+            args,
+            stdin_is_source: false,
+        })
+    }
+}
+
+struct Source<'a> {
+    code: Vec<u8>,
+    filename: String,
+    args: &'a [OsString],
+    stdin_is_source: bool,
+}
+
+fn read_source(reader: impl Read, name: &str) -> Result<Vec<u8>, CliError> {
+    let mut code = Vec::new();
+    reader
+        .take(SOURCE_MAX + 1)
+        .read_to_end(&mut code)
+        .map_err(|error| CliError::BadInput(format!("cannot read the code in {name}: {error}")))?;
+    if code.len() as u64 > SOURCE_MAX {
+        let message =
+            format!("the code in {name} is longer than {SOURCE_MAX} bytes: put it into the image");
+        return Err(CliError::BadInput(message));
+    }
+    Ok(code)
+}
+
+/// Carries out `vmm run`.
+pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
+    let timings = Arc::new(Timings::since(start));
+    let kernel = installed_kernel(args.vm.kernel.as_deref())?;
+    let image = installed_image(args.image.as_deref())?;
+    let work = args.work()?;
+    let monitor = |error: io::Error| CliError::Monitor(error.to_string());
+    let signals = Arc::new(Signals::catch().map_err(monitor)?);
+    install_kick_handler().map_err(monitor)?;
+
+    let sandbox = SandboxDir::create().map_err(|error| CliError::BadInput(error.to_string()))?;
+    let ready = UnixListener::bind(sandbox.vsock_listener(AGENT_PORT)).map_err(monitor)?;
+    let config = VmConfig {
+        cpus: args.vm.cpus,
+        memory_mib: args.vm.memory,
+        kernel,
+        cmdline: args.vm.cmdline.clone(),
+        drives: vec![DriveConfig {
+            path: image,
+            read_only: true,
+        }],
+        vsock: Some(VsockConfig {
+            cid: GUEST_CID,
+            socket: sandbox.vsock_socket(),
+        }),
+        console: match args.console.as_deref() {
+            None => ConsoleConfig::Kept,
+            Some(path) if path.as_os_str() == "-" => ConsoleConfig::Stderr,
+            Some(path) => ConsoleConfig::File(path.to_owned()),
+        },
+    };
+    let machine = builder::build(&config, &timings)?;
+    let deadline = args.timeout.map(|timeout| start + timeout);
+    let supervisor = Supervisor {
+        exit: machine.exit().clone(),
+        signals,
+        deadline,
+    };
+    let result = work_in(&machine, supervisor, &ready, work, &timings, start);
+    timings.mark("program ended");
+    drop(machine);
+    drop(sandbox);
+    if args.timings {
+        timings.mark("VM torn down");
+        eprint!("{timings}");
+    }
+    result
+}
+
+/// Waits for the agent and has it do the work.
+fn work_in(
+    machine: &Machine,
+    supervisor: Supervisor,
+    ready: &UnixListener,
+    work: Work,
+    timings: &Timings,
+    start: Instant,
+) -> Result<u8, CliError> {
+    let cut_short = |ending| match ending {
+        Ending::Vm(reason) => Err(CliError::Vm {
+            reason,
+            console: machine.console().text(),
+        }),
+        Ending::Signal(signal) => Ok(signal.saturating_add(128)),
+        Ending::TimedOut => Err(CliError::Timeout(start.elapsed())),
+    };
+    let timed = supervisor
+        .deadline
+        .is_some_and(|deadline| deadline <= start + BOOT_DEADLINE);
+    let stream = match supervisor.accept(ready, start + BOOT_DEADLINE) {
+        Ok(stream) => stream,
+        Err(Ending::TimedOut) if !timed => {
+            let why = format!("the guest's agent did not come up within {BOOT_DEADLINE:?}");
+            let (reason, console) = (ExitReason::Monitor(why), machine.console().text());
+            return Err(CliError::Vm { reason, console });
+        }
+        Err(ending) => return cut_short(ending),
+    };
+    let watch = supervisor
+        .watch(&stream)
+        .map_err(|error| CliError::Monitor(error.to_string()))?;
+    let result = Agent::from_stream(stream, None).and_then(|mut agent| {
+        timings.mark("agent ready");
+        perform(&mut agent, work)
+    });
+    match (result, watch.end()) {
+        // Done is done, even where the time was over just then.
+        (Ok(ended), _) => Ok(ended.shell_status()),
+        (Err(_), Some(ending)) => cut_short(ending),
+        (Err(AgentError::Output { source, .. }), None)
+            if source.kind() == io::ErrorKind::BrokenPipe =>
+        {
+            Ok(status::BROKEN_PIPE)
+        }
+        (Err(error), None) => match error.shell_status() {
+            Some(status) => {
+                eprintln!("vmm: {error}");
+                Ok(status)
+            }
+            None => Err(CliError::Monitor(error.to_string())),
+        },
+    }
+}
+
+fn perform(agent: &mut Agent, work: Work) -> Result<ExitStatus, AgentError> {
+    let stdin = io::stdin();
+    let (mut stdout, mut stderr) = (io::stdout().lock(), io::stderr().lock());
+    let (stdout, stderr): (&mut dyn Write, &mut dyn Write) = (&mut stdout, &mut stderr);
+    let stdin = Stdin::Fd(stdin.as_fd());
+    match work {
+        Work::Exec(request) => agent.exec(
+            request,
+            Stdio {
+                stdin,
+                stdout,
+                stderr,
+            },
+        ),
+        Work::Code {
+            request,
+            stdin_is_source,
+        } => {
+            let stdin = if stdin_is_source { Stdin::Null } else { stdin };
+            agent.run_code(
+                request,
+                Stdio {
+                    stdin,
+                    stdout,
+                    stderr,
+                },
+            )
+        }
+    }
+}
