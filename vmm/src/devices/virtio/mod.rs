@@ -24,6 +24,7 @@ pub mod rng;
 pub mod signal;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod vsock;
 
 use signal::Signal;
 

@@ -215,41 +215,58 @@ pub fn serve<'m>(
     queue: &mut Queue,
     memory: &'m GuestMemory,
     signal: &Signal,
-    mut request: impl FnMut(Chain<'m>) -> Result<Outcome, QueueError>,
+    request: impl FnMut(Chain<'m>) -> Result<Outcome, QueueError>,
+) -> Result<Served, QueueError> {
+    let mut interrupt = false;
+    let result = serve_quietly(queue, memory, &mut interrupt, request);
+    if interrupt {
+        signal.used_buffer();
+    }
+    result
+}
+
+/// As [`serve`], but sets `interrupt` instead, so that several queues can share one.
+pub fn serve_quietly<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestMemory,
+    interrupt: &mut bool,
+    request: impl FnMut(Chain<'m>) -> Result<Outcome, QueueError>,
 ) -> Result<Served, QueueError> {
     if !queue.ready() {
         return Ok(Served::All);
     }
+    let mut used = false;
+    let result = take_all(queue, memory, &mut used, request);
+    // What was used before an error is still the driver's.
+    *interrupt |= used && wants_interrupt(queue, memory)?;
+    result
+}
+
+fn take_all<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestMemory,
+    used: &mut bool,
+    mut request: impl FnMut(Chain<'m>) -> Result<Outcome, QueueError>,
+) -> Result<Served, QueueError> {
     // One turn more than there are chains finds the queue empty.
     let mut budget = queue.size().saturating_add(1);
-    let mut used = false;
-    let result = loop {
-        match next(queue, memory, &mut budget) {
-            Ok(Next::Chain(chain)) => {
-                let head = chain.head_index();
-                match request(chain) {
-                    Ok(Outcome::Used(len)) => {
-                        if let Err(error) = queue.add_used(memory, head, len) {
-                            break Err(error.into());
-                        }
-                        used = true;
-                    }
-                    Ok(Outcome::Later) => {
-                        queue.go_to_previous_position();
-                        break Ok(Served::All);
-                    }
-                    Err(error) => break Err(error),
-                }
+    loop {
+        let chain = match next(queue, memory, &mut budget)? {
+            Next::Chain(chain) => chain,
+            Next::Stop(served) => return Ok(served),
+        };
+        let head = chain.head_index();
+        match request(chain)? {
+            Outcome::Used(len) => {
+                queue.add_used(memory, head, len)?;
+                *used = true;
             }
-            Ok(Next::Stop(served)) => break Ok(served),
-            Err(error) => break Err(error),
+            Outcome::Later => {
+                queue.go_to_previous_position();
+                return Ok(Served::All);
+            }
         }
-    };
-    // What was used before an error is still the driver's.
-    if used && wants_interrupt(queue, memory)? {
-        signal.used_buffer();
     }
-    result
 }
 
 enum Next<'m> {
