@@ -11,7 +11,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::muxer::Muxer;
-use super::queue::{announce_reset, receive, transmit};
+use super::queue::{Reset, announce_reset, receive, transmit};
 use crate::devices::virtio::queue::{QueueError, Served};
 use crate::devices::virtio::{
     Activation, F_EVENT_IDX, F_VERSION_1, VirtioDevice, device_type, new_queue_events, notify_all,
@@ -59,8 +59,7 @@ pub enum VsockError {
 pub struct Vsock {
     pub(super) cid: u32,
     pub(super) muxer: Muxer,
-    /// Whether the guest is to be told that its connections are gone.
-    pub(super) reset_pending: bool,
+    pub(super) reset: Reset,
     events: Arc<[EventFd]>,
     active: Option<Activation>,
 }
@@ -83,7 +82,7 @@ impl Vsock {
         Ok(Self {
             cid,
             muxer,
-            reset_pending: false,
+            reset: Reset::Over,
             events,
             active: None,
         })
@@ -101,7 +100,7 @@ impl Vsock {
         let result = move_packets(
             active,
             &mut self.muxer,
-            &mut self.reset_pending,
+            &mut self.reset,
             &self.events,
             &mut interrupt,
         );
@@ -119,14 +118,16 @@ impl Vsock {
 fn move_packets(
     active: &mut Activation,
     muxer: &mut Muxer,
-    reset_pending: &mut bool,
+    reset: &mut Reset,
     events: &[EventFd],
     interrupt: &mut bool,
 ) -> Result<(), QueueError> {
     let (memory, signal) = (&*active.memory, &*active.signal);
     let queues = &mut active.queues;
-    announce_reset(&mut queues[EVENT], memory, interrupt, reset_pending)?;
-    muxer.accept_from_host(signal);
+    announce_reset(&mut queues[EVENT], memory, interrupt, reset)?;
+    if *reset == Reset::Over {
+        muxer.accept_from_host(signal);
+    }
     let sent = transmit(&mut queues[TX], memory, signal, interrupt, muxer)?;
     let held_up = !muxer.can_take();
     let received = receive(&mut queues[RX], memory, interrupt, muxer)?;
@@ -171,7 +172,7 @@ impl VirtioDevice for Vsock {
 
     fn reset(&mut self) {
         self.active = None;
-        self.reset_pending = false;
+        self.reset = Reset::Over;
         self.muxer.reset();
     }
 

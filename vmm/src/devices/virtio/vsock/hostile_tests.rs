@@ -7,6 +7,7 @@ use virtio_vsock::packet::PKT_HEADER_SIZE;
 
 use super::muxer::{BUFFER_SIZE, MAX_CONNECTIONS, MAX_HANDSHAKES, MAX_REPLIES};
 use super::packet::{Header, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
+use super::queue::Reset;
 use super::testing::{CID, Guest, PACKET, config, read_some};
 use super::{Vsock, VsockConfig, VsockError};
 use crate::devices::virtio::testing::{BUFFERS, Desc, HIGH, LOW_END, NEXT, WRITE, r, w};
@@ -258,7 +259,7 @@ fn a_small_event_buffer_stops_the_device_only_when_it_is_needed() {
     guest.driver.add(2, &[w(BUFFERS, 3)]);
     guest.driver.kick(2);
     assert!(!guest.driver.needs_reset());
-    guest.driver.device.lock().unwrap().reset_pending = true;
+    guest.driver.device.lock().unwrap().reset = Reset::Due;
     guest.driver.kick(2);
     assert!(guest.driver.needs_reset());
 }
@@ -416,6 +417,8 @@ fn every_header_byte_may_be_garbage() {
 fn rings_that_lie_stop_the_device() {
     for queue in 0..3 {
         let mut guest = Guest::without_buffers();
+        // The event queue is of interest only then.
+        guest.driver.device.lock().unwrap().reset = Reset::Due;
         guest.driver.raw_avail_idx(queue, 0x7000);
         guest.driver.kick(queue);
         assert!(guest.driver.needs_reset(), "{queue}");

@@ -1,6 +1,8 @@
 //! Chains to packets and back (Virtio 1.2, section 5.10.6).
 
-use virtio_queue::Queue;
+use std::sync::atomic::Ordering;
+
+use virtio_queue::{Queue, QueueT};
 use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
 
 use super::muxer::Muxer;
@@ -84,15 +86,43 @@ pub(super) fn receive(
     })
 }
 
-/// Tells the guest that its connections are gone, if `pending`.
+/// Where the guest is with the news that its connections are gone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Reset {
+    /// There is none, or the guest has dealt with it.
+    #[default]
+    Over,
+    /// It is to be told.
+    Due,
+    /// It was told when its event buffers were available up to this index. A connection made now might
+    /// be dropped with the old ones.
+    Told(u16),
+}
+
+/// Tells the guest of a reset that is due. The guest has dealt with it once it posts the event's
+/// buffer again.
 pub(super) fn announce_reset(
     queue: &mut Queue,
     memory: &GuestMemory,
     interrupt: &mut bool,
-    pending: &mut bool,
-) -> Result<Served, QueueError> {
+    reset: &mut Reset,
+) -> Result<(), QueueError> {
+    if *reset != Reset::Over && !queue.ready() {
+        // A driver without an event queue cannot be told.
+        *reset = Reset::Over;
+    }
+    match *reset {
+        Reset::Over => return Ok(()),
+        Reset::Told(index) => {
+            if queue.avail_idx(memory, Ordering::Acquire)?.0 != index {
+                *reset = Reset::Over;
+            }
+            return Ok(());
+        }
+        Reset::Due => {}
+    }
     serve_quietly(queue, memory, interrupt, |chain: Chain| {
-        if !*pending {
+        if *reset != Reset::Due {
             return Ok(Outcome::Later);
         }
         let head = chain.head_index();
@@ -101,7 +131,17 @@ pub(super) fn announce_reset(
         if copy_to(&buffers, &event) != event.len() {
             return Err(wrong(head, "a buffer too small for an event"));
         }
-        *pending = false;
+        *reset = Reset::Told(0);
         Ok(Outcome::Used(4))
-    })
+    })?;
+    if matches!(reset, Reset::Told(_)) {
+        // The other buffers stay as they are: ask to be notified of the one after them.
+        let taken = queue.next_avail();
+        let posted = queue.avail_idx(memory, Ordering::Acquire)?.0;
+        queue.set_next_avail(posted);
+        queue.enable_notification(memory)?;
+        queue.set_next_avail(taken);
+        *reset = Reset::Told(posted);
+    }
+    Ok(())
 }

@@ -4,6 +4,7 @@
 use snapshot_fmt::state::virtio::VsockState;
 
 use super::muxer::FIRST_HOST_PORT;
+use super::queue::Reset;
 use super::{Vsock, VsockConfig, VsockError};
 
 impl Vsock {
@@ -16,10 +17,11 @@ impl Vsock {
     }
 
     /// A device in the reset state that will tell its guest of lost connections once its transport is
-    /// restored. The context id may differ from the saved one: the guest reads it again on that event.
+    /// restored; new clients wait until the guest has dealt with that. The context id may differ from
+    /// the saved one: the guest reads it again on that event.
     pub fn restore(config: VsockConfig, state: &VsockState) -> Result<Self, VsockError> {
         let mut vsock = Self::new(config)?;
-        vsock.reset_pending = true;
+        vsock.reset = Reset::Due;
         // A port that the guest has not just seen; a number out of range starts again.
         vsock.muxer.next_host_port = state.next_host_port.max(FIRST_HOST_PORT);
         Ok(vsock)
