@@ -21,6 +21,7 @@ use thiserror::Error;
 use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
+use self::register::{DRIVER_BITS, MAGIC, VENDOR, half, set_half};
 use super::signal::{Signal, status};
 use super::{Activation, F_EVENT_IDX, F_VERSION_1, GuestMemory, VirtioDevice, notify_all};
 use crate::devices::bus::BusDevice;
@@ -28,51 +29,14 @@ use crate::devices::interrupt::Interrupt;
 
 #[cfg(test)]
 mod hostile_tests;
+mod register;
 #[cfg(test)]
 mod tests;
 
 /// Size in bytes of the register window.
 pub const WINDOW_SIZE: u64 = 0x1000;
 /// Offset of `QueueNotify`, which an ioeventfd may answer.
-pub const QUEUE_NOTIFY: u64 = 0x50;
-
-/// Registers (section 4.2.2).
-mod register {
-    pub const MAGIC_VALUE: u64 = 0x00;
-    pub const VERSION: u64 = 0x04;
-    pub const DEVICE_ID: u64 = 0x08;
-    pub const VENDOR_ID: u64 = 0x0c;
-    pub const DEVICE_FEATURES: u64 = 0x10;
-    pub const DEVICE_FEATURES_SEL: u64 = 0x14;
-    pub const DRIVER_FEATURES: u64 = 0x20;
-    pub const DRIVER_FEATURES_SEL: u64 = 0x24;
-    pub const QUEUE_SEL: u64 = 0x30;
-    pub const QUEUE_NUM_MAX: u64 = 0x34;
-    pub const QUEUE_NUM: u64 = 0x38;
-    pub const QUEUE_READY: u64 = 0x44;
-    pub const QUEUE_NOTIFY: u64 = super::QUEUE_NOTIFY;
-    pub const INTERRUPT_STATUS: u64 = 0x60;
-    pub const INTERRUPT_ACK: u64 = 0x64;
-    pub const STATUS: u64 = 0x70;
-    pub const QUEUE_DESC_LOW: u64 = 0x80;
-    pub const QUEUE_DESC_HIGH: u64 = 0x84;
-    pub const QUEUE_DRIVER_LOW: u64 = 0x90;
-    pub const QUEUE_DRIVER_HIGH: u64 = 0x94;
-    pub const QUEUE_DEVICE_LOW: u64 = 0xa0;
-    pub const QUEUE_DEVICE_HIGH: u64 = 0xa4;
-    /// Shared memory regions: we have none, which reads as all ones.
-    pub const SHM_FIRST: u64 = 0xb0;
-    pub const SHM_LAST: u64 = 0xbc;
-    pub const CONFIG_GENERATION: u64 = 0xfc;
-    pub const CONFIG: u64 = 0x100;
-}
-
-/// `virt`, little-endian.
-const MAGIC: u32 = 0x7472_6976;
-const VENDOR: u32 = u32::from_le_bytes(*b"BOUG");
-/// The status bits that a driver may set.
-const DRIVER_BITS: u32 =
-    status::ACKNOWLEDGE | status::DRIVER | status::DRIVER_OK | status::FEATURES_OK | status::FAILED;
+pub const QUEUE_NOTIFY: u64 = register::QUEUE_NOTIFY;
 
 /// Why a saved transport cannot be restored.
 #[derive(Debug, Error)]
@@ -533,23 +497,4 @@ fn reset_queues(max_sizes: &[u16]) -> Vec<VirtqueueState> {
             ..VirtqueueState::default()
         })
         .collect()
-}
-
-/// The low (0) or high (1) half of `value`; others do not exist and are zero.
-fn half(value: u64, which: u32) -> u32 {
-    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
-    match which {
-        0 => u32::from_le_bytes([a, b, c, d]),
-        1 => u32::from_le_bytes([e, f, g, h]),
-        _ => 0,
-    }
-}
-
-/// Sets the low (0) or high (1) half of `value`; others do not exist.
-fn set_half(value: &mut u64, which: u32, bits: u32) {
-    match which {
-        0 => *value = *value & !u64::from(u32::MAX) | u64::from(bits),
-        1 => *value = *value & u64::from(u32::MAX) | u64::from(bits) << 32,
-        _ => {}
-    }
 }

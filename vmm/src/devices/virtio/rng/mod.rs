@@ -6,4 +6,6 @@ mod queue;
 pub use device::{Rng, RngError};
 
 #[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
 mod tests;
