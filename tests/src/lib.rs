@@ -167,6 +167,14 @@ impl Output {
         }
     }
 
+    /// Fails unless standard error is empty.
+    pub fn expect_no_stderr(&self) -> Result<&Self, Failed> {
+        if self.stderr.is_empty() {
+            return Ok(self);
+        }
+        Err(format!("standard error is not empty: {self:#?}").into())
+    }
+
     /// Fails unless standard output is `text`.
     pub fn expect_stdout(&self, text: &str) -> Result<&Self, Failed> {
         if self.stdout == text {

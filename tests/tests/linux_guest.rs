@@ -1,7 +1,250 @@
-//! A Linux guest with its agent.
+//! A Linux guest with its agent: what a user runs, and what an enemy does to it.
 
+use std::fs;
 use std::process::ExitCode;
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+use tests::Needs::Guest;
+use tests::{Vmm, test};
+use vmm::agent::{AGENT_PORT, Agent, ExecRequest, ExitStatus, Stdin, Stdio};
 
 fn main() -> ExitCode {
-    tests::main(vec![])
+    tests::main(vec![
+        test("python_prints_and_exits_with_its_own_status", Guest, python),
+        test("code_comes_from_a_file_or_standard_input", Guest, code),
+        test("a_shell_sees_its_cpus_input_and_environment", Guest, shell),
+        test("what_cannot_be_run_is_told_apart", Guest, not_runnable),
+        test("time_that_is_over_ends_the_run", Guest, timeout),
+        test("a_panic_is_reported_with_the_console", Guest, panic),
+        test("a_guest_that_powers_off_is_noticed", Guest, power_off),
+        test("a_host_connects_to_the_agent_by_its_socket", Guest, connect),
+        test("a_killed_monitor_leaves_nothing_in_the_way", Guest, killed),
+        test("a_closed_output_ends_the_run", Guest, closed_output),
+    ])
+}
+
+fn run(arguments: &[&str]) -> Vmm {
+    Vmm::new([&["run"], arguments].concat())
+}
+
+fn python() -> Result<(), Failed> {
+    let code = "import sys,platform; print(sum(range(10)), platform.system()); sys.exit(7)";
+    let output = run(&["--lang", "python", "-c", code]).run()?;
+    output
+        .expect_status(7)?
+        .expect_stdout("45 Linux\n")?
+        .expect_no_stderr()?;
+    Ok(())
+}
+
+fn code() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let script = directory.path().join("script.sh");
+    fs::write(
+        &script,
+        "read line; echo \"$1 got $line\"; echo oops >&2; exit 3\n",
+    )?;
+    let output = run(&["--lang", "shell", &script.to_string_lossy(), "first"])
+        .stdin("input\n")
+        .run()?;
+    output
+        .expect_status(3)?
+        .expect_stdout("first got input\n")?
+        .expect_stderr(&["oops\n"])?;
+    let output = run(&["--lang", "shell"])
+        .stdin("echo from stdin; cat")
+        .run()?;
+    output.expect_status(0)?.expect_stdout("from stdin\n")?;
+    Ok(())
+}
+
+/// Several things in one guest, since each boot takes seconds on a software KVM.
+fn shell() -> Result<(), Failed> {
+    let script = "nproc; read a; echo \"$a\"; cat | wc -c; seq 10000; echo $GREETING; pwd; echo apart >&2; kill -9 $$";
+    let mut input = b"first line\n".to_vec();
+    input.extend(vec![b'x'; 1 << 20]);
+    let arguments = [
+        "--cpus",
+        "2",
+        "--memory",
+        "256",
+        "-e",
+        "GREETING=good day",
+        "--cwd",
+        "/tmp",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ];
+    let output = run(&arguments).stdin(input).run()?;
+    let numbers: String = (1..=10_000).map(|n| format!("{n}\n")).collect();
+    let expected = format!("2\nfirst line\n{}\n{numbers}good day\n/tmp\n", 1 << 20);
+    output.expect_status(128 + 9)?.expect_stderr(&["apart\n"])?;
+    if output.stdout != expected {
+        return Err(format!(
+            "{} bytes came, {} were expected",
+            output.stdout.len(),
+            expected.len()
+        )
+        .into());
+    }
+    Ok(())
+}
+
+fn not_runnable() -> Result<(), Failed> {
+    run(&["--", "/no/such/program"])
+        .run()?
+        .expect_status(127)?
+        .expect_stderr(&["/no/such/program"])?
+        .expect_one_line()?;
+    run(&["--", "/etc/passwd"])
+        .run()?
+        .expect_status(126)?
+        .expect_stderr(&["/etc/passwd"])?
+        .expect_one_line()?;
+    run(&[])
+        .run()?
+        .expect_status(2)?
+        .expect_stderr(&["nothing to run"])?
+        .expect_one_line()?;
+    Ok(())
+}
+
+fn timeout() -> Result<(), Failed> {
+    let output = run(&["--timeout", "1", "--", "sleep", "1000"]).run()?;
+    output
+        .expect_status(124)?
+        .expect_stderr(&["timed out after"])?
+        .expect_one_line()?;
+    Ok(())
+}
+
+fn panic() -> Result<(), Failed> {
+    let output = run(&["--cmdline", "init=/no/such/init", "--", "true"]).run()?;
+    output.expect_status(123)?.expect_stderr(&[
+        "the guest reset",
+        "Kernel panic",
+        "/no/such/init",
+    ])?;
+    Ok(())
+}
+
+fn power_off() -> Result<(), Failed> {
+    // RB_AUTOBOOT, as any root in the guest can have it.
+    let code = "import ctypes, time; ctypes.CDLL(None).reboot(0x01234567); time.sleep(1000)";
+    let output = run(&["--lang", "python", "-c", code]).run()?;
+    output
+        .expect_status(123)?
+        .expect_stderr(&["the guest reset or powered itself off"])?;
+    Ok(())
+}
+
+/// Another process speaks to the agent while a program runs.
+fn connect() -> Result<(), Failed> {
+    let runtime = tempfile::tempdir()?;
+    let mut child = std::process::Command::new(tests::vmm_path())
+        .args(["run", "--", "sleep", "1000"])
+        .env("XDG_RUNTIME_DIR", runtime.path())
+        .spawn()?;
+    let result = (|| -> Result<(), Failed> {
+        let socket = wait_for_socket(runtime.path())?;
+        let mut agent = connect_in_time(&socket)?;
+        agent.ping()?;
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        let request = ExecRequest {
+            argv: vec![b"echo".to_vec(), b"other".to_vec()],
+            ..Default::default()
+        };
+        let stdio = Stdio {
+            stdin: Stdin::Null,
+            stdout: &mut stdout,
+            stderr: &mut stderr,
+        };
+        let status = agent.exec(request, stdio)?;
+        if (status, stdout.as_slice()) != (ExitStatus::Code(0), b"other\n") {
+            return Err(format!("{status:?} {stdout:?} {stderr:?}").into());
+        }
+        if Agent::connect(&socket, 4242, None).is_ok() {
+            return Err("a port that nobody listens on was accepted".into());
+        }
+        Ok(())
+    })();
+    std::process::Command::new("kill")
+        .arg(child.id().to_string())
+        .status()?;
+    let status = child.wait()?;
+    result?;
+    if status.code() != Some(128 + 15) {
+        return Err(format!("after SIGTERM: {status}").into());
+    }
+    expect_nothing_in(runtime.path())
+}
+
+fn connect_in_time(socket: &std::path::Path) -> Result<Agent, Failed> {
+    for _ in 0..1200 {
+        if let Ok(agent) = Agent::connect(socket, AGENT_PORT, None) {
+            return Ok(agent);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Err("the agent does not answer on the socket".into())
+}
+
+fn wait_for_socket(runtime: &std::path::Path) -> Result<std::path::PathBuf, Failed> {
+    for _ in 0..100 {
+        let sandboxes = fs::read_dir(runtime.join("bough"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let socket = sandboxes
+            .map(|entry| entry.path().join("vsock.sock"))
+            .find(|path| path.exists());
+        if let Some(socket) = socket {
+            return Ok(socket);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Err("no sandbox appeared".into())
+}
+
+fn expect_nothing_in(runtime: &std::path::Path) -> Result<(), Failed> {
+    let left: Vec<_> = fs::read_dir(runtime.join("bough"))?
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
+    if left.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("left behind: {left:?}").into())
+    }
+}
+
+fn killed() -> Result<(), Failed> {
+    let runtime = tempfile::tempdir()?;
+    let mut child = std::process::Command::new(tests::vmm_path())
+        .args(["run", "--", "true"])
+        .env("XDG_RUNTIME_DIR", runtime.path())
+        .spawn()?;
+    wait_for_socket(runtime.path())?;
+    child.kill()?;
+    child.wait()?;
+    run(&["--", "/no/such/program"])
+        .env("XDG_RUNTIME_DIR", runtime.path())
+        .run()?
+        .expect_status(127)?;
+    expect_nothing_in(runtime.path())
+}
+
+fn closed_output() -> Result<(), Failed> {
+    let vmm = tests::vmm_path();
+    let script = format!("{} run -- yes | head -n 1", vmm.display());
+    let output = std::process::Command::new("bash")
+        .args(["-c", &format!("set -o pipefail; {script}")])
+        .output()?;
+    if output.status.code() != Some(141) || output.stdout != b"y\n" {
+        return Err(format!("{output:?}").into());
+    }
+    Ok(())
 }

@@ -56,6 +56,7 @@ impl Signals {
 }
 
 /// Waits for the end of a VM and for what else may cut its work short.
+#[derive(Clone)]
 pub struct Supervisor {
     /// Where the VM's end is written.
     pub exit: ExitLatch,

@@ -29,6 +29,8 @@ use crate::timings::Timings;
 
 /// A guest whose agent is not there by then never will be. Generous: on a software KVM a guest of 24 GiB takes a minute.
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+/// How long a guest that has closed the agent's connection may take to end.
+const RESET_GRACE: Duration = Duration::from_secs(5);
 /// Longest source that is taken from standard input or a file, in bytes: what fits in a frame of the agent's.
 const SOURCE_MAX: u64 = 1_000_000;
 
@@ -279,28 +281,45 @@ fn work_in(
         Err(ending) => return cut_short(ending),
     };
     let watch = supervisor
+        .clone()
         .watch(&stream)
         .map_err(|error| CliError::Monitor(error.to_string()))?;
     let result = Agent::from_stream(stream, None).and_then(|mut agent| {
         timings.mark("agent ready");
         perform(&mut agent, work)
     });
-    match (result, watch.end()) {
+    let error = match result {
         // Done is done, even where the time was over just then.
-        (Ok(ended), _) => Ok(ended.shell_status()),
-        (Err(_), Some(ending)) => cut_short(ending),
-        (Err(AgentError::Output { source, .. }), None)
-            if source.kind() == io::ErrorKind::BrokenPipe =>
-        {
-            Ok(status::BROKEN_PIPE)
+        Ok(ended) => return Ok(ended.shell_status()),
+        Err(error) => error,
+    };
+    if let Some(ending) = watch.end() {
+        return cut_short(ending);
+    }
+    match &error {
+        AgentError::Output { source, .. } if source.kind() == io::ErrorKind::BrokenPipe => {
+            return Ok(status::BROKEN_PIPE);
         }
-        (Err(error), None) => match error.shell_status() {
-            Some(status) => {
-                eprintln!("vmm: {error}");
-                Ok(status)
+        // A guest that resets itself lets go of its connections first.
+        AgentError::Disconnected | AgentError::Socket(_) => {
+            let deadline = Some(Instant::now() + RESET_GRACE);
+            let ending = Supervisor {
+                deadline,
+                ..supervisor
             }
-            None => Err(CliError::Monitor(error.to_string())),
-        },
+            .wait_for_end();
+            if ending != Ending::TimedOut {
+                return cut_short(ending);
+            }
+        }
+        _ => {}
+    }
+    match error.shell_status() {
+        Some(status) => {
+            eprintln!("vmm: {error}");
+            Ok(status)
+        }
+        None => Err(CliError::Monitor(error.to_string())),
     }
 }
 
