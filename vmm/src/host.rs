@@ -60,6 +60,22 @@ pub fn limits(kvm: &kvm_ioctls::Kvm) -> Limits {
     }
 }
 
+/// Lets this process open as many files as it may: each vsock connection takes one.
+pub fn raise_open_files_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum {
+        // What was enough for the process to start is enough for a sandbox with few connections.
+        let _ = setrlimit(
+            Resource::Nofile,
+            Rlimit {
+                current: maximum,
+                maximum,
+            },
+        );
+    }
+}
+
 /// Memory of this host, in bytes.
 pub fn memory_bytes() -> u64 {
     let info = rustix::system::sysinfo();

@@ -15,6 +15,7 @@ pub mod event_loop;
 pub mod exit;
 pub mod host;
 pub mod kvm;
+pub mod logger;
 pub mod machine;
 pub mod memory;
 pub mod sandbox;

@@ -130,6 +130,7 @@ fn console_tail(console: &str) -> String {
 
 /// Parses the arguments and carries them out. `start` is when the process began.
 pub fn main(start: Instant) -> ExitCode {
+    crate::logger::install();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

@@ -21,6 +21,7 @@ use crate::agent::{
 use crate::builder;
 use crate::config::{ConsoleConfig, DriveConfig, GUEST_CID, VmConfig, VsockConfig};
 use crate::exit::ExitReason;
+use crate::host;
 use crate::kvm::install_kick_handler;
 use crate::machine::Machine;
 use crate::sandbox::SandboxDir;
@@ -211,6 +212,8 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
     let monitor = |error: io::Error| CliError::Monitor(error.to_string());
     let signals = Arc::new(Signals::catch().map_err(monitor)?);
     install_kick_handler().map_err(monitor)?;
+
+    host::raise_open_files_limit();
 
     let sandbox = SandboxDir::create().map_err(|error| CliError::BadInput(error.to_string()))?;
     let ready = UnixListener::bind(sandbox.vsock_listener(AGENT_PORT)).map_err(monitor)?;
