@@ -27,6 +27,8 @@ pub enum Needs {
     SoftwareKvm,
     /// `/dev/kvm`, the guest kernel and the guest image.
     Guest,
+    /// Root, with mount namespaces.
+    Root,
 }
 
 impl Needs {
@@ -36,6 +38,10 @@ impl Needs {
             Self::Nothing => true,
             Self::Kvm => kvm(),
             Self::SoftwareKvm => kvm() && KvmKind::detect() == KvmKind::Software,
+            Self::Root => {
+                let status = Command::new("unshare").args(["--mount", "true"]).status();
+                status.is_ok_and(|status| status.success())
+            }
             Self::Guest => kvm() && installed("vmlinux").exists() && installed("image").exists(),
         }
     }

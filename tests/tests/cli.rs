@@ -4,11 +4,17 @@ use std::fs;
 use std::process::ExitCode;
 
 use libtest_mimic::Failed;
-use tests::Needs::{Kvm, Nothing};
+use tests::Needs::{Kvm, Nothing, Root};
 use tests::{Vmm, test};
 
 fn main() -> ExitCode {
     tests::main(vec![
+        test("a_host_without_kvm_is_told_apart", Root, no_kvm),
+        test(
+            "a_user_without_permission_is_told_apart",
+            Root,
+            no_permission,
+        ),
         test("doctor_reports_for_people_and_machines", Nothing, doctor),
         test(
             "arguments_that_make_no_sense_are_refused",
@@ -177,4 +183,47 @@ fn memory() -> Result<(), Failed> {
         &["this host has", "give --memory less"],
     )?;
     Ok(())
+}
+
+/// Runs the shell command `script`, in which `$vmm boot` is to be refused with a line that holds `parts`.
+fn refused_by_host(script: &str, parts: &[&str]) -> Result<(), Failed> {
+    let kernel = tests::elf::kernel(&[0xf4])?;
+    let directory = tempfile::Builder::new()
+        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .tempdir()?;
+    let (vmm, copy) = (
+        directory.path().join("vmm"),
+        directory.path().join("kernel"),
+    );
+    fs::copy(tests::vmm_path(), &vmm)?;
+    fs::copy(kernel.path(), &copy)?;
+    fs::set_permissions(&copy, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+    let output = std::process::Command::new("unshare")
+        .args(["--mount", "sh", "-c", script])
+        .env(
+            "boot",
+            format!("{} boot --kernel {}", vmm.display(), copy.display()),
+        )
+        .output()?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let said = parts.iter().all(|part| stderr.contains(part)) && stderr.lines().count() == 1;
+    if output.status.code() != Some(2) || !said {
+        return Err(format!("{output:?}").into());
+    }
+    Ok(())
+}
+
+fn no_kvm() -> Result<(), Failed> {
+    refused_by_host(
+        "mount -t tmpfs none /dev && exec $boot",
+        &["no /dev/kvm", "modprobe"],
+    )?;
+    let empty = "mount -t tmpfs none /dev && mknod /dev/kvm c 10 254 && exec $boot";
+    refused_by_host(empty, &["/dev/kvm"])
+}
+
+fn no_permission() -> Result<(), Failed> {
+    let script = "mount -t tmpfs none /dev && mknod -m 600 /dev/kvm c 10 232 \
+        && exec setpriv --reuid 65534 --clear-groups $boot";
+    refused_by_host(script, &["no permission for /dev/kvm", "group kvm"])
 }
