@@ -2,14 +2,12 @@
 //!
 //! It needs no agent, so it boots any kernel and image; `vmm run` is what runs programs.
 
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Args;
 
 use super::CliError;
-use super::sizes::duration;
 use super::vm_args::{VmArgs, installed_image, installed_kernel};
 use crate::builder;
 use crate::config::{ConsoleConfig, DriveConfig, VmConfig};
@@ -23,22 +21,13 @@ use crate::timings::Timings;
 pub struct BootArgs {
     #[command(flatten)]
     vm: VmArgs,
-    /// Disk that the guest may only read; the first disk is /dev/vda
-    #[arg(long, value_name = "FILE")]
-    image: Option<PathBuf>,
-    /// Stop after this time: seconds, or with ms, s, m, h
-    #[arg(long, value_name = "TIME", value_parser = duration)]
-    timeout: Option<Duration>,
-    /// Print how long each phase took
-    #[arg(long)]
-    timings: bool,
 }
 
 /// Carries out `vmm boot`.
 pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::since(start));
     let mut drives = Vec::new();
-    if let Some(path) = &args.image {
+    if let Some(path) = &args.vm.image {
         let path = installed_image(Some(path))?;
         drives.push(DriveConfig {
             path,
@@ -59,7 +48,7 @@ pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
     install_kick_handler().map_err(monitor)?;
     let machine = builder::build(&config, &timings)?;
 
-    let deadline = args.timeout.map(|timeout| start + timeout);
+    let deadline = args.vm.timeout.map(|timeout| start + timeout);
     let ending = Supervisor {
         exit: machine.exit().clone(),
         signals,
@@ -68,7 +57,7 @@ pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
     .wait_for_end();
     timings.mark("VM ended");
     drop(machine);
-    if args.timings {
+    if args.vm.timings {
         eprint!("{timings}");
     }
     match ending {

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 
-use super::sizes::duration;
 use super::vm_args::{VmArgs, installed_image, installed_kernel};
 use super::{CliError, status};
 use crate::agent::{
@@ -40,15 +39,6 @@ const SOURCE_MAX: u64 = 1_000_000;
 pub struct RunArgs {
     #[command(flatten)]
     vm: VmArgs,
-    /// Image with the root file system [default: the one that tools/build-image made]
-    #[arg(long, value_name = "FILE")]
-    image: Option<PathBuf>,
-    /// Stop after this time, boot included: seconds, or with ms, s, m, h
-    #[arg(long, value_name = "TIME", value_parser = duration)]
-    timeout: Option<Duration>,
-    /// Print how long each phase took
-    #[arg(long)]
-    timings: bool,
     /// Write the guest's console to this file, or to standard error for -
     #[arg(long, value_name = "FILE")]
     console: Option<PathBuf>,
@@ -207,7 +197,7 @@ fn read_source(reader: impl Read, name: &str) -> Result<Vec<u8>, CliError> {
 pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::since(start));
     let kernel = installed_kernel(args.vm.kernel.as_deref())?;
-    let image = installed_image(args.image.as_deref())?;
+    let image = installed_image(args.vm.image.as_deref())?;
     let work = args.work()?;
     let monitor = |error: io::Error| CliError::Monitor(error.to_string());
     let signals = Arc::new(Signals::catch().map_err(monitor)?);
@@ -237,7 +227,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         },
     };
     let machine = builder::build(&config, &timings)?;
-    let deadline = args.timeout.map(|timeout| start + timeout);
+    let deadline = args.vm.timeout.map(|timeout| start + timeout);
     let supervisor = Supervisor {
         exit: machine.exit().clone(),
         signals,
@@ -247,7 +237,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
     timings.mark("program ended");
     drop(machine);
     drop(sandbox);
-    if args.timings {
+    if args.vm.timings {
         timings.mark("VM torn down");
         eprint!("{timings}");
     }

@@ -1,11 +1,12 @@
 //! The arguments that describe a VM, shared by the subcommands that make one.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 
 use super::CliError;
-use super::sizes::memory_mib;
+use super::sizes::{duration, memory_mib};
 
 /// A VM.
 #[derive(Debug, Args)]
@@ -22,6 +23,15 @@ pub struct VmArgs {
     /// Words to add to the kernel's command line
     #[arg(long, default_value = "", value_name = "WORDS")]
     pub cmdline: String,
+    /// Image with the root file system, which the guest may only read [default of run: the one that tools/build-image made; of boot: none]
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
+    /// Stop after this time, boot included: seconds, or with ms, s, m, h
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub timeout: Option<Duration>,
+    /// Print how long each phase took
+    #[arg(long)]
+    pub timings: bool,
 }
 
 /// The kernel that was named, or the installed one.
