@@ -85,11 +85,13 @@ fn main() -> ExitCode {
 }
 
 fn run_as_init() -> Result<std::convert::Infallible, Failure> {
-    // A kernel passes on what it does not know itself; a stray word must not cost the boot.
-    let options = Options::parse(std::env::args_os().skip(1)).unwrap_or_else(|message| {
-        init::warn(&message);
-        Options::default()
-    });
+    // The kernel passes on every word that it does not know itself.
+    let ours = |argument: &OsString| argument.as_encoded_bytes().starts_with(b"--");
+    let options =
+        Options::parse(std::env::args_os().skip(1).filter(ours)).unwrap_or_else(|message| {
+            init::warn(&message);
+            Options::default()
+        });
     init::writable_root(&options.init);
     let mut server = Server::new(true)?;
     server.listen(listen::vsock()?);

@@ -25,6 +25,10 @@ use crate::signals::Signals;
 /// The most clients at once; more wait in the listener's queue.
 const MAX_CONNECTIONS: usize = 256;
 
+/// Twice what is ever used: from 128 KiB on, an allocation is a mapping of its own, whose pages cost
+/// nothing until they are touched; a smaller one is cleared, page by page.
+const SCRATCH: usize = 2 * MAX_DATA;
+
 /// What a ready descriptor stands for.
 #[derive(Clone, Copy)]
 enum Token {
@@ -69,7 +73,7 @@ impl Server {
             signals: Signals::new(is_init)?,
             listeners: Vec::new(),
             connections: Vec::new(),
-            scratch: vec![0; MAX_DATA],
+            scratch: vec![0; SCRATCH],
             source_files: 0,
             shutdown: None,
         })

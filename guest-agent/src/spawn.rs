@@ -21,7 +21,8 @@ use crate::failure::Failure;
 /// The environment that programs get, unless they ask for none of it.
 const ENVIRONMENT: [(&str, &str); 5] = [
     ("HOME", "/root"),
-    ("LANG", "C.UTF-8"),
+    // Not LANG: for that, most programs read twelve files, and C.UTF-8 differs from C in this one.
+    ("LC_CTYPE", "C.UTF-8"),
     ("PATH", DEFAULT_PATH),
     ("SHELL", "/bin/sh"),
     ("USER", "root"),
