@@ -9,7 +9,7 @@ use std::ffi::{CStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use rustix::fs::{Mode, mkdir, symlink};
+use rustix::fs::{Mode, StatVfsMountFlags, mkdir, statvfs, symlink};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, mount_remount, unmount};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
@@ -52,8 +52,12 @@ fn mount_fs(kind: &str, target: &str, flags: MountFlags, data: Option<&CStr>) ->
     attempt(target, mount(kind, target, kind, flags, data))
 }
 
-/// Puts a writable layer above the read-only root, and makes that the root.
-pub fn writable_root(config: &InitConfig) {
+/// Puts a writable layer above the read-only root, and makes that the root. A root that is writable
+/// already is left alone. Says whether the layer is a disk, which stays mounted below /run.
+pub fn writable_root(config: &InitConfig) -> bool {
+    if statvfs("/").is_ok_and(|root| !root.f_flag.contains(StatVfsMountFlags::RDONLY)) {
+        return false;
+    }
     // The layer's file system is mounted over /run, the one directory that every image has and
     // that is of no use below the layer.
     let disk = config.upper.as_ref().is_some_and(|device| {
@@ -64,7 +68,7 @@ pub fn writable_root(config: &InitConfig) {
         )
     });
     if !disk && !mount_fs("tmpfs", "/run", MountFlags::empty(), Some(c"mode=700")) {
-        return;
+        return false;
     }
     let private = Mode::RWXU;
     let public = private | Mode::RGRP | Mode::XGRP | Mode::ROTH | Mode::XOTH;
@@ -73,7 +77,7 @@ pub fn writable_root(config: &InitConfig) {
         && attempt("mkdir root", mkdir("/run/root", private));
     let layers = c"lowerdir=/,upperdir=/run/upper,workdir=/run/work";
     if !made || !mount_fs("overlay", "/run/root", MountFlags::empty(), Some(layers)) {
-        return;
+        return false;
     }
     let switch = || {
         chdir("/run/root")?;
@@ -85,7 +89,7 @@ pub fn writable_root(config: &InitConfig) {
         unmount(".", UnmountFlags::DETACH)?;
         chdir("/")
     };
-    attempt("switch to the writable root", switch());
+    attempt("switch to the writable root", switch()) && disk
 }
 
 /// Gives the disk a second mount in the new root, where we are: the first goes with the old root.
@@ -100,7 +104,8 @@ fn keep_disk() -> Result<(), Errno> {
 }
 
 /// Mounts what programs expect, and brings up the host name and the loopback interface.
-pub fn the_rest(config: &InitConfig) {
+/// `has_run` says that /run is mounted already.
+pub fn the_rest(config: &InitConfig, has_run: bool) {
     let common = MountFlags::NOSUID | MountFlags::NOEXEC;
     let safe = common | MountFlags::NODEV;
     let public = Mode::from_raw_mode(0o755);
@@ -139,7 +144,7 @@ pub fn the_rest(config: &InitConfig) {
         );
     }
     let volatile = MountFlags::NOSUID | MountFlags::NODEV;
-    if config.upper.is_none() {
+    if !has_run {
         mount_fs("tmpfs", "/run", volatile, Some(c"mode=755"));
         attempt("mkdir /run/bough", mkdir("/run/bough", Mode::RWXU));
     }

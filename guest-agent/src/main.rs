@@ -92,14 +92,14 @@ fn run_as_init() -> Result<std::convert::Infallible, Failure> {
             init::warn(&message);
             Options::default()
         });
-    init::writable_root(&options.init);
+    let has_run = init::writable_root(&options.init);
     let mut server = Server::new(true)?;
     server.listen(listen::vsock()?);
     match listen::dial_host() {
         Ok(socket) => server.connect(socket)?,
         Err(errno) => init::warn(&format!("nobody on the host's port: {errno}")),
     }
-    init::the_rest(&options.init);
+    init::the_rest(&options.init, has_run);
     server.run()
 }
 
