@@ -61,6 +61,8 @@ pub fn writable_root(config: &InitConfig) -> bool {
     // The layer's file system is mounted over /run, the one directory that every image has and
     // that is of no use below the layer.
     let disk = config.upper.as_ref().is_some_and(|device| {
+        // The device's node is in a file system that only a disk is worth mounting here for.
+        mount_fs("devtmpfs", "/dev", MountFlags::NOSUID, None);
         let result = mount(device, "/run", "ext4", MountFlags::NOATIME, None);
         attempt(
             &format!("{} as the writable layer", device.display()),
