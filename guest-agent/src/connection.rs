@@ -9,8 +9,8 @@ use std::path::Path;
 
 use guest_agent::frame::{FrameBuffer, FrameError};
 use guest_agent::proto::{
-    DEFAULT_OUTPUT_WINDOW, ErrorCode, Exec, Hello, Pong, RunCode, Shutdown, ShuttingDown, Started,
-    Stream, ToAgent, from_agent::Kind, to_agent,
+    DEFAULT_OUTPUT_WINDOW, ErrorCode, Exec, Hello, MAX_DATA, Pong, RunCode, Shutdown, ShuttingDown,
+    Started, Stream, ToAgent, from_agent::Kind, to_agent,
 };
 use guest_agent::version::{SUPPORTED, VersionRange};
 use rustix::io::Errno;
@@ -124,7 +124,9 @@ impl Connection {
 
     /// Reads once from the client and serves the requests that are whole.
     pub fn receive(&mut self, context: &mut Context<'_>) {
-        match rustix::io::read(&self.socket, &mut *context.scratch) {
+        let room = context.scratch.len().min(MAX_DATA);
+        let room = context.scratch.get_mut(..room).unwrap_or_default();
+        match rustix::io::read(&self.socket, room) {
             Ok(count) if count > 0 => {
                 let bytes = context.scratch.get(..count).unwrap_or_default();
                 self.frames.input().extend_from_slice(bytes);

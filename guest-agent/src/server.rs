@@ -25,9 +25,9 @@ use crate::signals::Signals;
 /// The most clients at once; more wait in the listener's queue.
 const MAX_CONNECTIONS: usize = 256;
 
-/// Twice what is ever used: from 128 KiB on, an allocation is a mapping of its own, whose pages cost
-/// nothing until they are touched; a smaller one is cleared, page by page.
-const SCRATCH: usize = 2 * MAX_DATA;
+/// Four times what is ever used: an allocation that the fresh heap cannot hold is a mapping of its own,
+/// whose pages cost nothing until they are touched; a smaller one is cleared, page by page.
+const SCRATCH: usize = 4 * MAX_DATA;
 
 /// What a ready descriptor stands for.
 #[derive(Clone, Copy)]
