@@ -6,22 +6,24 @@
 //! for a terminal before anybody sees them.
 
 mod channel;
+mod stdio;
 
-use std::io::Write;
-use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use guest_agent::frame::FrameError;
 use guest_agent::proto::{
-    Credit, DEFAULT_OUTPUT_WINDOW, ErrorCode, FromAgent, Hello, MAX_DATA, Ping, Shutdown,
-    StdinClose, StdinData, Stream, exited, from_agent, to_agent,
+    DEFAULT_OUTPUT_WINDOW, ErrorCode, FromAgent, Hello, Ping, Shutdown, Stream, exited, from_agent,
+    to_agent,
 };
 use guest_agent::version::{SUPPORTED, VersionRange};
 use thiserror::Error;
 
 use channel::Channel;
+use stdio::{Input, Sink};
+
+pub use stdio::{Stdin, Stdio};
 
 pub use guest_agent::proto::{
     AGENT_PORT, EnvVar, Exec as ExecRequest, Language, RunCode as RunCodeRequest, ShutdownMode,
@@ -133,28 +135,6 @@ impl ExitStatus {
             Self::Signal(signal) => signal.saturating_add(128),
         }
     }
-}
-
-/// Where a program's standard input comes from.
-#[derive(Clone, Copy, Debug)]
-pub enum Stdin<'a> {
-    /// Nowhere: it reads /dev/null.
-    Null,
-    /// These bytes.
-    Bytes(&'a [u8]),
-    /// A file, pipe or terminal, read as the program reads; never read ahead by more than the
-    /// agent's window. It need not end for the program to end.
-    Fd(BorrowedFd<'a>),
-}
-
-/// A program's standard streams. A sink that is slow makes the program wait.
-pub struct Stdio<'a> {
-    /// Standard input.
-    pub stdin: Stdin<'a>,
-    /// Where standard output goes.
-    pub stdout: &'a mut dyn Write,
-    /// Where standard error goes.
-    pub stderr: &'a mut dyn Write,
 }
 
 /// A connection to the guest agent.
@@ -389,124 +369,4 @@ fn exit_status(status: Option<exited::Status>) -> Result<ExitStatus, AgentError>
 fn printable(text: &str) -> String {
     let shown = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     text.chars().take(1024).map(shown).collect()
-}
-
-/// Standard input on its way to the agent.
-struct Input<'a> {
-    /// What is left of it; `Null` once its end was sent.
-    source: Stdin<'a>,
-    credit: u32,
-}
-
-impl<'a> Input<'a> {
-    fn new(source: Stdin<'a>, credit: u32) -> Self {
-        Self { source, credit }
-    }
-
-    /// How much may be sent at once.
-    fn room(&self) -> usize {
-        usize::try_from(self.credit).map_or(MAX_DATA, |credit| credit.min(MAX_DATA))
-    }
-
-    /// The descriptor to wait for, if what it has could be sent.
-    fn ready_to_read(&self) -> Option<BorrowedFd<'a>> {
-        match self.source {
-            Stdin::Fd(fd) if self.credit > 0 => Some(fd),
-            _ => None,
-        }
-    }
-
-    fn send(&mut self, data: &[u8], id: u32, channel: &mut Channel) -> Result<(), AgentError> {
-        // Never more than the credit: both callers ask for `room` first.
-        self.credit -= u32::try_from(data.len()).unwrap_or(self.credit);
-        let data = data.to_vec();
-        channel.send(id, to_agent::Kind::StdinData(StdinData { data }))
-    }
-
-    fn close(&mut self, id: u32, channel: &mut Channel) -> Result<(), AgentError> {
-        self.source = Stdin::Null;
-        channel.send(id, to_agent::Kind::StdinClose(StdinClose {}))
-    }
-
-    /// Sends what there is credit for, if the input lies in memory.
-    fn send_bytes(&mut self, id: u32, channel: &mut Channel) -> Result<(), AgentError> {
-        while let Stdin::Bytes(bytes) = self.source {
-            if bytes.is_empty() {
-                self.close(id, channel)?;
-            } else if self.credit > 0 && channel.may_send() {
-                let (now, later) = bytes.split_at(self.room().min(bytes.len()));
-                self.send(now, id, channel)?;
-                self.source = Stdin::Bytes(later);
-            } else {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// Reads once from a descriptor that is ready.
-    fn read(&mut self, id: u32, channel: &mut Channel) -> Result<(), AgentError> {
-        use rustix::io::Errno;
-        let Stdin::Fd(fd) = self.source else {
-            return Ok(());
-        };
-        let mut buffer = vec![0; self.room()];
-        match rustix::io::read(fd, &mut buffer) {
-            // A standard input that was closed from the start is one that has ended.
-            Ok(0) | Err(Errno::BADF) => self.close(id, channel),
-            Ok(count) => self.send(buffer.get(..count).unwrap_or_default(), id, channel),
-            Err(Errno::AGAIN | Errno::INTR) => Ok(()),
-            Err(errno) => Err(AgentError::Stdin(errno.into())),
-        }
-    }
-}
-
-/// Where an output stream goes.
-struct Sink<'a> {
-    writer: &'a mut dyn Write,
-    stream: Stream,
-    name: &'static str,
-    /// Bytes that were taken and not yet given back as credit.
-    taken: u32,
-    failed: bool,
-}
-
-impl<'a> Sink<'a> {
-    fn new(writer: &'a mut dyn Write, stream: Stream, name: &'static str) -> Self {
-        Self {
-            writer,
-            stream,
-            name,
-            taken: 0,
-            failed: false,
-        }
-    }
-
-    /// Writes output, and gives its credit back. A sink that has failed swallows the rest.
-    fn take(&mut self, data: &[u8], id: u32, channel: &mut Channel) -> Result<(), AgentError> {
-        self.taken = self
-            .taken
-            .saturating_add(data.len().try_into().unwrap_or(u32::MAX));
-        // Not for every few bytes: a credit is a message, and a quarter keeps the agent going.
-        if self.taken >= DEFAULT_OUTPUT_WINDOW / 4 {
-            let credit = Credit {
-                stream: self.stream.into(),
-                bytes: std::mem::take(&mut self.taken),
-            };
-            channel.send(id, to_agent::Kind::Credit(credit))?;
-        }
-        if self.failed {
-            return Ok(());
-        }
-        let written = self.writer.write_all(data);
-        written
-            .and_then(|()| self.writer.flush())
-            .map_err(|source| {
-                self.failed = true;
-                AgentError::Output {
-                    stream: self.name,
-                    source,
-                }
-            })
-    }
 }
