@@ -74,7 +74,7 @@ fn input_from_memory_arrives() {
 #[test]
 fn input_from_a_descriptor_arrives_while_output_comes_back() {
     let agent = TestAgent::start();
-    let (reader, mut writer) = io::pipe().unwrap();
+    let (reader, mut writer) = UnixStream::pair().unwrap();
     let feeder = std::thread::spawn(move || {
         for _ in 0..200 {
             writer.write_all(&[b'y'; 10_000]).unwrap();
@@ -90,7 +90,7 @@ fn input_from_a_descriptor_arrives_while_output_comes_back() {
 #[test]
 fn an_open_input_does_not_outlast_the_program() {
     let agent = TestAgent::start();
-    let (reader, _writer) = io::pipe().unwrap();
+    let (reader, _writer) = UnixStream::pair().unwrap();
     let input = Stdin::Fd(reader.as_fd());
     let (stdout, ..) = run(&mut connect(&agent), exec(["echo", "hi"]), input).unwrap();
     assert_eq!(stdout, "hi\n");
