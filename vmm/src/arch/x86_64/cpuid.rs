@@ -17,6 +17,11 @@ pub struct CpuidConfig {
     pub software: bool,
 }
 
+/// KVM's paravirtual features, and those in EAX that need no hypercall: kvmclock old and new, no delay after
+/// port I/O, end of interrupt by memory, a stable clock (bits 0, 3, 1, 6, 24).
+const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
+const KVM_CLOCK_FEATURES: u32 = 1 | 1 << 1 | 1 << 3 | 1 << 6 | 1 << 24;
+
 /// CPUID leaf 1, ECX.
 mod leaf1_ecx {
     pub const CX16: u32 = 1 << 13;
@@ -66,6 +71,8 @@ pub fn for_vcpu(
                 entry.ecx &= !leaf7::ECX_RDPID;
                 entry.edx &= !leaf7::EDX_FSRM;
             }
+            // Hypercalls for interrupts, yielding and the like never return from the emulator.
+            KVM_CPUID_FEATURES if config.software => entry.eax &= KVM_CLOCK_FEATURES,
             // Performance counters would be the host's.
             0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             0x8000_0001 => {
