@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -22,7 +23,7 @@ use crate::devices::bus::{Bus, BusError};
 use crate::devices::serial::{ConsoleTail, Keyboard, SerialPort};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Block, BlockConfig, BlockError};
-use crate::devices::virtio::mmio::MmioTransport;
+use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, WINDOW_SIZE};
 use crate::devices::virtio::rng::{Rng, RngError};
 use crate::devices::virtio::vsock::{self, Vsock, VsockError};
 use crate::drive::{Drive, DriveError};
@@ -34,9 +35,6 @@ use crate::machine::{Machine, Parts};
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::timings::Timings;
 use crate::vcpu::{self, VcpuContext};
-
-/// Offset of the register QueueNotify in a virtio-mmio window (Virtio 1.2, section 4.2.2).
-const QUEUE_NOTIFY: u64 = 0x50;
 
 /// Why a machine could not be built.
 #[derive(Debug, Error)]
@@ -63,7 +61,7 @@ pub enum BuildError {
     #[error(transparent)]
     Bus(#[from] BusError),
     /// The file for the console cannot be made.
-    #[error("cannot write the console to {path}: {source}")]
+    #[error("cannot write the console to {path}: {source}; name another file")]
     Console {
         /// The file.
         path: PathBuf,
@@ -203,7 +201,6 @@ impl Devices {
             exit: ExitLatch::new()?,
             console: ConsoleTail::default(),
         };
-        devices.add_serial(&config.console)?;
         let keyboard = Keyboard::new(devices.exit.clone());
         devices
             .pio
@@ -216,6 +213,8 @@ impl Devices {
             devices.add_virtio(Vsock::new(vsock::VsockConfig { cid, socket_path })?)?;
         }
         devices.add_virtio(Rng::new()?)?;
+        // Last: a file for the console is made anew only where nothing else was refused.
+        devices.add_serial(&config.console)?;
         Ok(devices)
     }
 
@@ -231,10 +230,17 @@ impl Devices {
             ConsoleConfig::Kept => None,
             ConsoleConfig::Stderr => Some(Box::new(io::stderr())),
             ConsoleConfig::File(path) => {
-                let file = File::create(path).map_err(|source| BuildError::Console {
-                    path: path.clone(),
-                    source,
-                })?;
+                // Non-blocking: nobody may be at the other end of a pipe.
+                let file = File::options()
+                    .write(true)
+                    .create(true)
+                    .truncate(true)
+                    .custom_flags(libc::O_NONBLOCK)
+                    .open(path)
+                    .map_err(|source| BuildError::Console {
+                        path: path.clone(),
+                        source,
+                    })?;
                 Some(Box::new(file))
             }
         };
@@ -274,18 +280,15 @@ impl Devices {
             let max = layout::GSI_MAX - layout::VIRTIO_GSI_START + 1;
             return Err(BuildError::TooManyDevices { max });
         }
-        let base = layout::VIRTIO_MMIO_START + u64::from(index) * layout::VIRTIO_MMIO_SIZE;
+        let base = layout::VIRTIO_MMIO_START + u64::from(index) * WINDOW_SIZE;
         let irq = Arc::new(self.irq(gsi)?);
         let device = Arc::new(Mutex::new(device));
         let transport = MmioTransport::new(Arc::clone(&self.memory), irq, Arc::clone(&device) as _);
         let events = transport.queue_events().iter().map(EventFd::try_clone);
         self.windows
             .push((base, events.collect::<io::Result<_>>()?));
-        self.mmio.insert(
-            base,
-            layout::VIRTIO_MMIO_SIZE,
-            Arc::new(Mutex::new(transport)),
-        )?;
+        self.mmio
+            .insert(base, WINDOW_SIZE, Arc::new(Mutex::new(transport)))?;
         self.subscribers.push(device);
         Ok(())
     }
@@ -300,7 +303,7 @@ impl Devices {
         for ((base, _), gsi) in self.windows.iter().zip(layout::VIRTIO_GSI_START..) {
             words.push(format!(
                 "virtio_mmio.device={:#x}@{base:#x}:{gsi}",
-                layout::VIRTIO_MMIO_SIZE
+                WINDOW_SIZE
             ));
         }
         if let Some(root) = &self.root {

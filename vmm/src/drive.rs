@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use rustix::fs::{FlockOperation, flock};
@@ -56,6 +56,8 @@ impl Drive {
         let file = OpenOptions::new()
             .read(true)
             .write(!config.read_only)
+            // Nobody may be at the other end of a pipe. Files and block devices do not mind.
+            .custom_flags(libc::O_NONBLOCK)
             .open(&config.path)
             .map_err(|source| DriveError::Open {
                 path: path(),
@@ -68,7 +70,7 @@ impl Drive {
                 source,
             })?
             .file_type();
-        if !kind.is_file() && !std::os::unix::fs::FileTypeExt::is_block_device(&kind) {
+        if !kind.is_file() && !kind.is_block_device() {
             return Err(DriveError::NotADisk { path: path() });
         }
         let lock = if config.read_only {

@@ -18,7 +18,9 @@ pub type GuestMemory = GuestMemoryMmap<()>;
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// The system gave no memory file of that size.
-    #[error("cannot make a memory file of {bytes} bytes: {source}")]
+    #[error(
+        "cannot make a memory file of {bytes} bytes: {source}; look at the limits of open files and file size (ulimit -n, -f)"
+    )]
     Memfd {
         /// Size in bytes.
         bytes: u64,
@@ -26,7 +28,9 @@ pub enum MemoryError {
         source: io::Error,
     },
     /// The system did not map it.
-    #[error("cannot map guest memory of {bytes} bytes: {why}")]
+    #[error(
+        "cannot map guest memory of {bytes} bytes: {why}; give less --memory, or raise the limit (ulimit -v)"
+    )]
     Map {
         /// Size in bytes.
         bytes: u64,

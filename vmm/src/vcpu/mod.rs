@@ -4,6 +4,8 @@ mod emulation;
 mod exits;
 mod thread;
 
+use std::io::Error;
+
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -39,16 +41,19 @@ fn create_one(
         .create_vcpu(u64::from(id))
         .map_err(call_failed("KVM_CREATE_VCPU"))?;
     let entries = cpuid::for_vcpu(supported.to_vec(), id, config);
-    let cpuid = CpuId::from_entries(&entries).map_err(|error| {
-        call_failed("KVM_SET_CPUID2")(std::io::Error::other(format!("{error:?}")))
-    })?;
+    let cpuid = CpuId::from_entries(&entries)
+        .map_err(|error| call_failed("KVM_SET_CPUID2")(Error::other(format!("{error:?}"))))?;
     vcpu.set_cpuid2(&cpuid)
         .map_err(call_failed("KVM_SET_CPUID2"))?;
 
-    let msrs = Msrs::from_entries(&msrs::boot_msrs()).map_err(|error| {
-        call_failed("KVM_SET_MSRS")(std::io::Error::other(format!("{error:?}")))
-    })?;
-    vcpu.set_msrs(&msrs).map_err(call_failed("KVM_SET_MSRS"))?;
+    let boot_msrs = msrs::boot_msrs();
+    let msrs = Msrs::from_entries(&boot_msrs)
+        .map_err(|error| call_failed("KVM_SET_MSRS")(Error::other(format!("{error:?}"))))?;
+    let set = vcpu.set_msrs(&msrs).map_err(call_failed("KVM_SET_MSRS"))?;
+    if let Some(refused) = boot_msrs.get(set) {
+        let why = format!("MSR {:#x} was refused", refused.index);
+        return Err(call_failed("KVM_SET_MSRS")(Error::other(why)));
+    }
     vcpu.set_fpu(&regs::entry_fpu())
         .map_err(call_failed("KVM_SET_FPU"))?;
     let mut lapic = vcpu.get_lapic().map_err(call_failed("KVM_GET_LAPIC"))?;

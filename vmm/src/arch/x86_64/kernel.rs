@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use linux_loader::bootparam::setup_header;
@@ -30,6 +30,7 @@ const SETUP_SECTS: u64 = 0x1f1;
 const SYSSIZE: u64 = 0x1f4;
 const HEADER: u64 = 0x202;
 const XLOADFLAGS: u64 = 0x236;
+const PREF_ADDRESS: u64 = 0x258;
 const INIT_SIZE: u64 = 0x260;
 
 /// Why a kernel could not be loaded.
@@ -133,7 +134,12 @@ impl Kernel {
             path: path.to_owned(),
             source,
         };
-        let file = File::open(path).map_err(read_error)?;
+        // Non-blocking: nobody may be at the other end of a pipe.
+        let file = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(read_error)?;
         let meta = file.metadata().map_err(read_error)?;
         let not = |why| KernelError::NotAKernel {
             path: path.to_owned(),
@@ -184,7 +190,7 @@ impl Kernel {
             }
             Image::BzImage => {
                 let himem = Some(GuestAddress(HIMEM_START));
-                let loaded = BzImage::load(memory, None, &mut file, himem)
+                let loaded = BzImage::load(memory, himem, &mut file, himem)
                     .map_err(|source| KernelError::Load { path, source })?;
                 let entry = loaded.kernel_load.0 + BZIMAGE_ENTRY64;
                 Ok(LoadedKernel {
@@ -282,6 +288,9 @@ impl Check<'_> {
         if u16_at(16) != 2 {
             return Err(self.not("it is an ELF file, but no executable (ET_EXEC)"));
         }
+        if usize::from(u16_at(54)) != PROGRAM_HEADER_LEN {
+            return Err(self.not("its program headers are not of 56 bytes"));
+        }
         let table = u64_at(&header, 32);
         let mut segments = Vec::new();
         for index in 0..u64::from(u16_at(56)) {
@@ -303,8 +312,16 @@ impl Check<'_> {
         if segments.is_empty() {
             return Err(self.not("it is an ELF file with nothing to load"));
         }
+        // Segments may not add up to more than RAM: overlapping ones would have the same memory written for hours.
+        let total = segments
+            .iter()
+            .map(|segment| segment.len)
+            .fold(0, u64::saturating_add);
+        self.fits(HIMEM_START, total)?;
         let entry = u64_at(&header, 24);
-        self.fits(entry, 1)?;
+        if self.fits(entry, 1).is_err() {
+            return Err(self.not("its entry point lies outside of RAM"));
+        }
         Ok(Image::Elf { entry, segments })
     }
 
@@ -323,7 +340,9 @@ impl Check<'_> {
         // The size is rounded up to 16 bytes, the file need not be.
         self.within((sectors + 1) * 512, body.saturating_sub(15))?;
         let init_size = u64::from(u32::from_le_bytes(self.bytes(INIT_SIZE)?));
-        self.fits(HIMEM_START, init_size.max(body))?;
+        let preferred = u64::from_le_bytes(self.bytes(PREF_ADDRESS)?).max(HIMEM_START);
+        self.fits(HIMEM_START, body)?;
+        self.fits(preferred, init_size)?;
         Ok(Image::BzImage)
     }
 }

@@ -35,10 +35,8 @@ pub const GAP_START: u64 = 0xc000_0000;
 /// End of the hole; RAM continues here.
 pub const GAP_END: u64 = 0x1_0000_0000;
 
-/// First virtio-mmio window.
+/// First virtio-mmio window; the others follow it.
 pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
-/// Bytes of one virtio-mmio window.
-pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 /// GSI of the first virtio device. ISA interrupts below it have PC meanings.
 pub const VIRTIO_GSI_START: u32 = 5;
 /// Last GSI of the IOAPIC.
