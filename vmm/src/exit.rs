@@ -10,8 +10,6 @@ use rustix::event::{EventfdFlags, eventfd};
 /// Why a VM stopped running. The first reason stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExitReason {
-    /// The host asked for it.
-    Stopped,
     /// The guest pulled the reset line: a reboot, a power-off (there is no ACPI), or a panic.
     Reset,
     /// A processor met a fault while it delivered a double fault.
@@ -47,7 +45,6 @@ impl fmt::Display for ExitReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let at = |rip: &Option<u64>| rip.map_or(String::new(), |rip| format!(" at RIP {rip:#x}"));
         match self {
-            Self::Stopped => write!(f, "the VM was stopped"),
             Self::Reset => write!(f, "the guest reset or powered itself off"),
             Self::TripleFault { vcpu, rip } => write!(
                 f,
@@ -153,7 +150,7 @@ mod tests {
         let latch = ExitLatch::new().unwrap();
         assert_eq!(latch.get(), None);
         latch.set(ExitReason::Reset);
-        latch.set(ExitReason::Stopped);
+        latch.set(ExitReason::Monitor(String::new()));
         assert_eq!(latch.get(), Some(ExitReason::Reset));
         assert_eq!(rustix::io::read(latch.event(), &mut [0; 8]), Ok(8));
     }

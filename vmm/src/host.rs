@@ -16,15 +16,15 @@ pub enum KvmKind {
 }
 
 impl KvmKind {
-    /// Finds out which KVM serves `/dev/kvm`: a hardware module that is loaded says so by itself;
-    /// without one, or without the processor's feature bit, it is a software one.
+    /// Finds out which KVM serves `/dev/kvm`. It is a software one where the processor offers no
+    /// virtualization, or where a software module is loaded and no hardware one is.
     pub fn detect() -> Self {
         let loaded = |module: &str| Path::new("/sys/module").join(module).exists();
-        let hardware = (loaded("kvm_intel") || loaded("kvm_amd")) && cpu_has_virtualization();
-        if hardware {
-            Self::Hardware
-        } else {
+        let software = loaded("kvm_pvm") && !loaded("kvm_intel") && !loaded("kvm_amd");
+        if software || !cpu_has_virtualization() {
             Self::Software
+        } else {
+            Self::Hardware
         }
     }
 

@@ -1,5 +1,8 @@
 //! Messages of the monitor: warnings and errors, one line each, on standard error.
 
+use std::fmt::Display;
+use std::io::Write;
+
 use log::{LevelFilter, Log, Metadata, Record};
 
 struct StderrLogger;
@@ -13,7 +16,7 @@ impl Log for StderrLogger {
     fn log(&self, record: &Record) {
         if self.enabled(record.metadata()) {
             let level = record.level().as_str().to_ascii_lowercase();
-            eprintln!("vmm: {level}: {}", record.args());
+            complain(format_args!("{level}: {}", record.args()));
         }
     }
 
@@ -26,4 +29,10 @@ pub fn install() {
     if log::set_logger(&StderrLogger).is_ok() {
         log::set_max_level(LevelFilter::Warn);
     }
+}
+
+/// Prints a line on standard error. Where that is full or closed, nothing is to be done about it.
+pub fn complain(message: impl Display) {
+    // One write, so that lines of several threads do not mix.
+    let _ = std::io::stderr().write_all(format!("vmm: {message}\n").as_bytes());
 }

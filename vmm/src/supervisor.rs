@@ -1,24 +1,28 @@
 //! Watches over a VM while its agent is waited for and worked with.
 //!
 //! Whatever cuts the work short, the VM's end, a signal or the time being over, shuts the agent's connection, so
-//! that nothing ever waits for a guest that cannot answer.
+//! that nothing ever waits for a guest that cannot answer. What blocks on the host's side all the same, for
+//! example a standard output that nobody reads, is ended by force a moment later; and a second signal kills.
 
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{Builder, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 
 use crate::exit::{ExitLatch, ExitReason};
 
 /// Stack of the watching thread, in bytes.
 const STACK_SIZE: usize = 64 << 10;
+/// How long the process may take to end by itself once there is nothing left to do.
+const FORCE_AFTER: Duration = Duration::from_secs(2);
 
 /// What cut the work short.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,11 +46,17 @@ impl Signals {
     pub fn catch() -> io::Result<Self> {
         let (pipe, sender) = UnixStream::pair()?;
         let last = Arc::new(AtomicUsize::new(0));
+        let armed = Arc::new(AtomicBool::new(false));
         for (signal, number) in [(SIGHUP, 1), (SIGINT, 2), (SIGTERM, 15)] {
-            // Actions run in the order of their registration: the number is there before the pipe is readable.
+            // Actions run in the order of their registration. The second signal kills; the first is
+            // noted before the pipe is readable.
+            signal_hook::flag::register_conditional_default(signal, Arc::clone(&armed))?;
+            signal_hook::flag::register(signal, Arc::clone(&armed))?;
             signal_hook::flag::register_usize(signal, Arc::clone(&last), number)?;
             signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
         }
+        // A file that may grow no more is an error to report, not a death.
+        signal_hook::flag::register(SIGXFSZ, Arc::default())?;
         Ok(Self { last, pipe })
     }
 
@@ -64,6 +74,27 @@ pub struct Supervisor {
     pub signals: Arc<Signals>,
     /// When the time is over.
     pub deadline: Option<Instant>,
+    /// What to remove where the process has to be ended by force.
+    pub leftover: Option<PathBuf>,
+    /// The process's exit status for an ending.
+    pub status: fn(&Ending) -> u8,
+}
+
+/// Ends the process with `status` in two seconds, whatever its threads are blocked in, and removes `leftover` before.
+pub fn end_by_force(status: u8, leftover: Option<&Path>) {
+    let leftover = leftover.map(Path::to_owned);
+    let reaper = move || {
+        std::thread::sleep(FORCE_AFTER);
+        if let Some(path) = leftover {
+            let _ = std::fs::remove_dir_all(path);
+        }
+        signal_hook::low_level::exit(status.into());
+    };
+    // Without a thread the process ends by itself or by a second signal.
+    let _ = Builder::new()
+        .name("reaper".to_owned())
+        .stack_size(STACK_SIZE)
+        .spawn(reaper);
 }
 
 impl Supervisor {
@@ -117,7 +148,7 @@ impl Supervisor {
         // The latch's event stands for a descriptor that never brings anything else.
         match self.wait(self.exit.event().as_fd(), self.deadline) {
             Err(ending) => ending,
-            Ok(()) => Ending::Vm(self.exit.get().unwrap_or(ExitReason::Stopped)),
+            Ok(()) => Ending::Vm(ExitReason::Monitor("the VM's end has no reason".to_owned())),
         }
     }
 
@@ -131,7 +162,8 @@ impl Supervisor {
             .stack_size(STACK_SIZE)
             .spawn(move || {
                 let ending = self.wait(watched.as_fd(), self.deadline).err();
-                if ending.is_some() {
+                if let Some(ending) = &ending {
+                    end_by_force((self.status)(ending), self.leftover.as_deref());
                     // It fails only where the connection is gone already.
                     let _ = stream.shutdown(Shutdown::Both);
                 }
@@ -169,6 +201,8 @@ mod tests {
             exit: ExitLatch::new().unwrap(),
             signals,
             deadline,
+            leftover: None,
+            status: |_| 1,
         }
     }
 

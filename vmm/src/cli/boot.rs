@@ -2,21 +2,24 @@
 //!
 //! It needs no agent, so it boots any kernel and image; `vmm run` is what runs programs.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
 
-use super::CliError;
 use super::vm_args::{VmArgs, installed_image, installed_kernel};
+use super::{CliError, ending_status};
 use crate::builder;
 use crate::config::{ConsoleConfig, DriveConfig, VmConfig};
 use crate::exit::ExitReason;
 use crate::kvm::install_kick_handler;
-use crate::supervisor::{Ending, Signals, Supervisor};
+use crate::supervisor::{Ending, Signals, Supervisor, end_by_force};
 use crate::timings::Timings;
 
 /// Boot a kernel without an agent, its console on standard error, and wait until it ends
+///
+/// A guest that resets or powers itself off ends well, with status 0; so does one that panics and then resets.
 #[derive(Debug, Args)]
 pub struct BootArgs {
     #[command(flatten)]
@@ -48,17 +51,23 @@ pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
     install_kick_handler().map_err(monitor)?;
     let machine = builder::build(&config, &timings)?;
 
-    let deadline = args.vm.timeout.map(|timeout| start + timeout);
+    let deadline = args
+        .vm
+        .timeout
+        .and_then(|timeout| start.checked_add(timeout));
     let ending = Supervisor {
         exit: machine.exit().clone(),
         signals,
         deadline,
+        leftover: None,
+        status: ending_status,
     }
     .wait_for_end();
     timings.mark("VM ended");
+    end_by_force(ending_status(&ending), None);
     drop(machine);
     if args.vm.timings {
-        eprint!("{timings}");
+        let _ = write!(std::io::stderr(), "{timings}");
     }
     match ending {
         Ending::Vm(ExitReason::Reset) => Ok(0),
@@ -67,7 +76,7 @@ pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
             reason,
             console: String::new(),
         }),
-        Ending::Signal(signal) => Ok(signal.saturating_add(128)),
+        Ending::Signal(signal) => Err(CliError::Signal(signal)),
         Ending::TimedOut => Err(CliError::Timeout(start.elapsed())),
     }
 }

@@ -1,5 +1,7 @@
 //! `vmm doctor`: what this host offers, what is missing, what that costs and how to mend it.
 
+use std::io::Write;
+
 use clap::Args;
 use serde::Serialize;
 
@@ -35,6 +37,7 @@ pub fn doctor(args: &DoctorArgs) -> Result<u8, CliError> {
     let usable = findings
         .iter()
         .all(|finding| finding.verdict != Verdict::Fatal);
+    let mut text;
     if args.json {
         let report = Report {
             version: env!("CARGO_PKG_VERSION"),
@@ -43,33 +46,38 @@ pub fn doctor(args: &DoctorArgs) -> Result<u8, CliError> {
         };
         let json = serde_json::to_string_pretty(&report)
             .map_err(|error| CliError::Monitor(error.to_string()))?;
-        println!("{json}");
+        text = json + "\n";
     } else {
-        for finding in &findings {
-            print(finding);
-        }
-        println!(
-            "{}",
-            if usable {
-                "Sandboxes can run here."
-            } else {
-                "No sandbox can run here."
-            }
-        );
+        text = findings.iter().map(describe).collect();
+        text += if usable {
+            "Sandboxes can run here.\n"
+        } else {
+            "No sandbox can run here.\n"
+        };
     }
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(|error| CliError::Monitor(format!("cannot write standard output: {error}")))?;
     Ok(u8::from(!usable))
 }
 
-fn print(finding: &Finding) {
+fn describe(finding: &Finding) -> String {
     let mark = match finding.verdict {
         Verdict::Good => "ok     ",
         Verdict::Lacking => "lacking",
         Verdict::Fatal => "FATAL  ",
     };
-    println!("{mark}  {}: {}", finding.name, finding.found);
-    if finding.verdict != Verdict::Good {
-        println!("           costs: {}", finding.costs);
-        println!("           mend:  {}", finding.remedy);
+    let Finding {
+        name,
+        found,
+        costs,
+        remedy,
+        verdict,
+    } = finding;
+    let line = format!("{mark}  {name}: {found}\n");
+    match verdict {
+        Verdict::Good => line,
+        _ => format!("{line}           costs: {costs}\n           mend:  {remedy}\n"),
     }
 }
 

@@ -18,6 +18,8 @@ use thiserror::Error;
 use crate::builder::BuildError;
 use crate::exit::ExitReason;
 use crate::kvm::KvmError;
+use crate::logger::complain;
+use crate::supervisor::Ending;
 
 /// Exit statuses of `vmm` where no program's own is to be had.
 pub mod status {
@@ -71,8 +73,22 @@ pub enum CliError {
         /// The last of what the guest printed.
         console: String,
     },
+    /// The guest's agent did not say that it is ready.
+    #[error(
+        "the guest's agent was not ready after {waited:?}: look at the console (--console -); the image must be one of tools/build-image, or start that agent as its init{}",
+        console_tail(.console)
+    )]
+    NoAgent {
+        /// How long it was waited for.
+        waited: Duration,
+        /// The last of what the guest printed.
+        console: String,
+    },
+    /// The monitor was told to end.
+    #[error("ended by signal {0}")]
+    Signal(u8),
     /// The time was over.
-    #[error("timed out after {0:.1?}")]
+    #[error("timed out after {0:.1?} (--timeout)")]
     Timeout(Duration),
     /// The monitor itself failed.
     #[error("{0}")]
@@ -88,6 +104,7 @@ impl CliError {
                 BuildError::Config(_)
                 | BuildError::Kernel(_)
                 | BuildError::Boot(_)
+                | BuildError::Memory(_)
                 | BuildError::Drive(_)
                 | BuildError::Block(_)
                 | BuildError::TooManyDevices { .. }
@@ -97,25 +114,51 @@ impl CliError {
                 }
                 _ => status::MONITOR,
             },
-            Self::Vm { reason, .. } => match reason {
-                ExitReason::Reset | ExitReason::Stopped => status::GUEST_ENDED,
-                ExitReason::TripleFault { .. } => status::TRIPLE_FAULT,
-                ExitReason::Emulation { .. } => status::EMULATION_FAILURE,
-                ExitReason::VcpuDied { .. } => status::VCPU_DIED,
-                ExitReason::Monitor(_) => status::MONITOR,
-            },
+            Self::Vm { reason, .. } => reason_status(reason),
+            Self::NoAgent { .. } => status::GUEST_ENDED,
+            Self::Signal(signal) => signal.saturating_add(128),
             Self::Timeout(_) => status::TIMEOUT,
             Self::Monitor(_) => status::MONITOR,
         }
     }
 }
 
+fn reason_status(reason: &ExitReason) -> u8 {
+    match reason {
+        ExitReason::Reset => status::GUEST_ENDED,
+        ExitReason::TripleFault { .. } => status::TRIPLE_FAULT,
+        ExitReason::Emulation { .. } => status::EMULATION_FAILURE,
+        ExitReason::VcpuDied { .. } => status::VCPU_DIED,
+        ExitReason::Monitor(_) => status::MONITOR,
+    }
+}
+
+/// The exit status for what cut a sandbox's work short.
+fn ending_status(ending: &Ending) -> u8 {
+    match ending {
+        Ending::Vm(reason) => reason_status(reason),
+        Ending::Signal(signal) => signal.saturating_add(128),
+        Ending::TimedOut => status::TIMEOUT,
+    }
+}
+
 /// The last lines of the console, indented below a message.
 fn console_tail(console: &str) -> String {
     const LINES: usize = 12;
-    let lines: Vec<&str> = console
+    // The guest wrote it: no control character of it reaches a terminal.
+    let shown = |line: &str| -> String {
+        let shown = |c: char| {
+            if c.is_control() && c != '\t' {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        };
+        line.trim_end().chars().map(shown).collect()
+    };
+    let lines: Vec<String> = console
         .lines()
-        .map(str::trim_end)
+        .map(shown)
         .filter(|line| !line.is_empty())
         .collect();
     if lines.is_empty() {
@@ -131,6 +174,13 @@ fn console_tail(console: &str) -> String {
 /// Parses the arguments and carries them out. `start` is when the process began.
 pub fn main(start: Instant) -> ExitCode {
     crate::logger::install();
+    // A mistake of ours ends the sandbox at once and with a status, in whatever thread it shows.
+    std::panic::set_hook(Box::new(|panic| {
+        complain(format_args!(
+            "the monitor failed: {panic}; please report it"
+        ));
+        signal_hook::low_level::exit(status::MONITOR.into());
+    }));
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -151,7 +201,7 @@ pub fn main(start: Instant) -> ExitCode {
     match result {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            eprintln!("vmm: {error}");
+            complain(&error);
             ExitCode::from(error.status())
         }
     }

@@ -10,21 +10,22 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use super::vm_args::{VmArgs, installed_image, installed_kernel};
-use super::{CliError, status};
+use super::{CliError, ending_status, status};
 use crate::agent::{
     AGENT_PORT, Agent, AgentError, EnvVar, ExecRequest, ExitStatus, Language, RunCodeRequest,
     Stdin, Stdio,
 };
 use crate::builder;
 use crate::config::{ConsoleConfig, DriveConfig, GUEST_CID, VmConfig, VsockConfig};
-use crate::exit::ExitReason;
 use crate::host;
 use crate::kvm::install_kick_handler;
+use crate::logger::complain;
 use crate::machine::Machine;
 use crate::sandbox::SandboxDir;
-use crate::supervisor::{Ending, Signals, Supervisor};
+use crate::supervisor::{Ending, Signals, Supervisor, end_by_force};
 use crate::timings::Timings;
 
 /// A guest whose agent is not there by then never will be. Generous: on a software KVM a guest of 24 GiB takes a minute.
@@ -227,19 +228,27 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         },
     };
     let machine = builder::build(&config, &timings)?;
-    let deadline = args.vm.timeout.map(|timeout| start + timeout);
     let supervisor = Supervisor {
         exit: machine.exit().clone(),
         signals,
-        deadline,
+        deadline: args
+            .vm
+            .timeout
+            .and_then(|timeout| start.checked_add(timeout)),
+        leftover: Some(sandbox.path().to_owned()),
+        status: ending_status,
     };
-    let result = work_in(&machine, supervisor, &ready, work, &timings, start);
+    let result = work_in(&machine, supervisor, ready, work, &timings, start);
     timings.mark("program ended");
+    let status = result
+        .as_ref()
+        .map_or_else(CliError::status, |status| *status);
+    end_by_force(status, Some(sandbox.path()));
     drop(machine);
     drop(sandbox);
     if args.vm.timings {
         timings.mark("VM torn down");
-        eprint!("{timings}");
+        let _ = write!(io::stderr(), "{timings}");
     }
     result
 }
@@ -248,7 +257,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
 fn work_in(
     machine: &Machine,
     supervisor: Supervisor,
-    ready: &UnixListener,
+    ready: UnixListener,
     work: Work,
     timings: &Timings,
     start: Instant,
@@ -258,27 +267,31 @@ fn work_in(
             reason,
             console: machine.console().text(),
         }),
-        Ending::Signal(signal) => Ok(signal.saturating_add(128)),
+        Ending::Signal(signal) => Err(CliError::Signal(signal)),
         Ending::TimedOut => Err(CliError::Timeout(start.elapsed())),
     };
+    let no_agent = || CliError::NoAgent {
+        waited: BOOT_DEADLINE,
+        console: machine.console().text(),
+    };
+    let boot_deadline = start + BOOT_DEADLINE;
     let timed = supervisor
         .deadline
-        .is_some_and(|deadline| deadline <= start + BOOT_DEADLINE);
-    let stream = match supervisor.accept(ready, start + BOOT_DEADLINE) {
+        .is_some_and(|deadline| deadline <= boot_deadline);
+    let stream = match supervisor.accept(&ready, boot_deadline) {
         Ok(stream) => stream,
-        Err(Ending::TimedOut) if !timed => {
-            let why = format!("the guest's agent did not come up within {BOOT_DEADLINE:?}");
-            let (reason, console) = (ExitReason::Monitor(why), machine.console().text());
-            return Err(CliError::Vm { reason, console });
-        }
+        Err(Ending::TimedOut) if !timed => return Err(no_agent()),
         Err(ending) => return cut_short(ending),
     };
+    // The agent was the first to call, being the guest's first process. Nobody else in there shall.
+    drop(ready);
     let watch = supervisor
         .clone()
         .watch(&stream)
         .map_err(|error| CliError::Monitor(error.to_string()))?;
-    let result = Agent::from_stream(stream, None).and_then(|mut agent| {
+    let result = Agent::from_stream(stream, Some(boot_deadline)).and_then(|mut agent| {
         timings.mark("agent ready");
+        agent.set_deadline(None);
         perform(&mut agent, work)
     });
     let error = match result {
@@ -293,6 +306,7 @@ fn work_in(
         AgentError::Output { source, .. } if source.kind() == io::ErrorKind::BrokenPipe => {
             return Ok(status::BROKEN_PIPE);
         }
+        AgentError::TimedOut => return Err(no_agent()),
         // A guest that resets itself lets go of its connections first.
         AgentError::Disconnected | AgentError::Socket(_) => {
             let deadline = Some(Instant::now() + RESET_GRACE);
@@ -309,7 +323,7 @@ fn work_in(
     }
     match error.shell_status() {
         Some(status) => {
-            eprintln!("vmm: {error}");
+            complain(&error);
             Ok(status)
         }
         None => Err(CliError::Monitor(error.to_string())),
@@ -318,7 +332,8 @@ fn work_in(
 
 fn perform(agent: &mut Agent, work: Work) -> Result<ExitStatus, AgentError> {
     let stdin = io::stdin();
-    let (mut stdout, mut stderr) = (io::stdout().lock(), io::stderr().lock());
+    // Not locked: other threads print warnings and the console meanwhile.
+    let (mut stdout, mut stderr) = (Patient(io::stdout()), Patient(io::stderr()));
     let (stdout, stderr): (&mut dyn Write, &mut dyn Write) = (&mut stdout, &mut stderr);
     let stdin = Stdin::Fd(stdin.as_fd());
     match work {
@@ -344,5 +359,35 @@ fn perform(agent: &mut Agent, work: Work) -> Result<ExitStatus, AgentError> {
                 },
             )
         }
+    }
+}
+
+/// A stream whose descriptor may be non-blocking, as a shared terminal's can be: it is waited for.
+struct Patient<W>(W);
+
+impl<W: Write + AsFd> Patient<W> {
+    fn persist<T>(&mut self, mut attempt: impl FnMut(&mut W) -> io::Result<T>) -> io::Result<T> {
+        loop {
+            match attempt(&mut self.0) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
+                    match poll(&mut fds, None) {
+                        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                        Err(errno) => return Err(errno.into()),
+                    }
+                }
+                result => return result,
+            }
+        }
+    }
+}
+
+impl<W: Write + AsFd> Write for Patient<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.persist(|inner| inner.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.persist(Write::flush)
     }
 }

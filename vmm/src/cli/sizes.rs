@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+/// Ten years: more than anybody waits, and far from where times overflow.
+const DURATION_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
 /// Memory in MiB: `512`, `512M`, `512MiB`, `2G`, `2GiB`.
 pub fn memory_mib(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
@@ -40,10 +43,12 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     let number: f64 = digits
         .parse()
         .map_err(|_| "give seconds, or a number with ms, s, m or h".to_owned())?;
-    Duration::try_from_secs_f64(number * factor)
-        .ok()
-        .filter(|duration| !duration.is_zero())
-        .ok_or_else(|| "give a duration above zero".to_owned())
+    match Duration::try_from_secs_f64(number * factor) {
+        Ok(duration) if duration.is_zero() => Err("give a duration above zero".to_owned()),
+        Ok(duration) if duration <= DURATION_MAX => Ok(duration),
+        Err(_) if number < 0.0 || number.is_nan() => Err("give a duration above zero".to_owned()),
+        _ => Err("give a duration of at most 10 years, or none at all".to_owned()),
+    }
 }
 
 #[cfg(test)]
@@ -77,7 +82,7 @@ mod tests {
         ] {
             assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
         }
-        for text in ["", "s", "0", "-1", "1d", "1e400", "."] {
+        for text in ["", "s", "0", "-1", "1d", "1e400", "99999999999", "."] {
             assert!(duration(text).is_err(), "{text}");
         }
     }
