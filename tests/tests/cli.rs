@@ -9,6 +9,12 @@ use tests::{Vmm, test};
 
 fn main() -> ExitCode {
     tests::main(vec![
+        test(
+            "output_that_cannot_be_written_is_an_error",
+            Nothing,
+            full_output,
+        ),
+        test("pipes_are_refused", Kvm, pipes),
         test("a_host_without_kvm_is_told_apart", Root, no_kvm),
         test(
             "a_user_without_permission_is_told_apart",
@@ -93,6 +99,10 @@ fn arguments() -> Result<(), Failed> {
     for (arguments, part) in [
         (&["boot", "--memory", "lots"][..], "give MiB as a number"),
         (&["boot", "--timeout", "0"], "give a duration above zero"),
+        (
+            &["boot", "--timeout", "10000000000000000000"],
+            "at most 10 years",
+        ),
         (&["boot", "--frobnicate"], "--frobnicate"),
         (&["fly"], "fly"),
     ] {
@@ -226,4 +236,41 @@ fn no_permission() -> Result<(), Failed> {
     let script = "mount -t tmpfs none /dev && mknod -m 600 /dev/kvm c 10 232 \
         && exec setpriv --reuid 65534 --clear-groups $boot";
     refused_by_host(script, &["no permission for /dev/kvm", "group kvm"])
+}
+
+fn full_output() -> Result<(), Failed> {
+    let full = || fs::File::options().write(true).open("/dev/full");
+    let vmm = || std::process::Command::new(tests::vmm_path());
+    let output = vmm().arg("doctor").stdout(full()?).output()?;
+    if output.status.code() != Some(125)
+        || !String::from_utf8_lossy(&output.stderr).contains("standard output")
+    {
+        return Err(format!("{output:?}").into());
+    }
+    let status = vmm()
+        .args(["boot", "--kernel", "/nonexistent"])
+        .stderr(full()?)
+        .status()?;
+    if status.code() != Some(2) {
+        return Err(format!("{status}").into());
+    }
+    Ok(())
+}
+
+/// What would block or copy for hours, were it opened or loaded.
+fn pipes() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let fifo = directory.path().join("fifo");
+    std::process::Command::new("mkfifo").arg(&fifo).status()?;
+    let fifo = fifo.to_string_lossy();
+    refused(
+        &["--kernel", &fifo],
+        &["is not a kernel", "no regular file"],
+    )?;
+    let kernel = tests::elf::kernel(&[0xf4])?;
+    let kernel = kernel.path().to_string_lossy();
+    refused(
+        &["--kernel", &kernel, "--image", &fifo],
+        &["neither a regular file nor a block device"],
+    )
 }

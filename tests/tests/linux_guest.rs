@@ -11,6 +11,12 @@ use vmm::agent::{AGENT_PORT, Agent, ExecRequest, ExitStatus, Stdin, Stdio};
 
 fn main() -> ExitCode {
     tests::main(vec![
+        test(
+            "warnings_do_not_stand_in_the_way_of_output",
+            Guest,
+            warnings,
+        ),
+        test("several_cpus_run_real_processes", Guest, several_cpus),
         test("python_prints_and_exits_with_its_own_status", Guest, python),
         test("code_comes_from_a_file_or_standard_input", Guest, code),
         test("a_shell_sees_its_cpus_input_and_environment", Guest, shell),
@@ -246,5 +252,29 @@ fn closed_output() -> Result<(), Failed> {
     if output.status.code() != Some(141) || output.stdout != b"y\n" {
         return Err(format!("{output:?}").into());
     }
+    Ok(())
+}
+
+/// The monitor prints, from another thread, while it streams the program's output.
+fn warnings() -> Result<(), Failed> {
+    let code = "import socket\ns = socket.socket(socket.AF_VSOCK)\ntry: s.connect((2, 9999))\nexcept OSError as e: print(e)\n\
+        open('/dev/console', 'w').write('to the console')";
+    let output = run(&["--console", "-", "--lang", "python", "-c", code]).run()?;
+    output
+        .expect_status(0)?
+        .expect_stderr(&["port 9999", "to the console"])?;
+    if output.stdout.is_empty() {
+        return Err(format!("nobody was connected to: {output:#?}").into());
+    }
+    Ok(())
+}
+
+fn several_cpus() -> Result<(), Failed> {
+    let script = "nproc; for i in 1 2 3; do (seq 1000 | md5sum) & done; wait";
+    let output = run(&["--cpus", "3", "--", "sh", "-c", script]).run()?;
+    let sum = "53d025127ae99ab79e8502aae2d9bea6  -\n";
+    output
+        .expect_status(0)?
+        .expect_stdout(&format!("3\n{sum}{sum}{sum}"))?;
     Ok(())
 }
