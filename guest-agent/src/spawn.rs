@@ -28,6 +28,10 @@ const ENVIRONMENT: [(&str, &str); 5] = [
     ("USER", "root"),
 ];
 
+/// The C library's settings, which the monitor gives the agent where this machine needs some (registers
+/// that its kernel does not preserve, for one). Every program gets them, even in an empty environment.
+const TUNABLES: &str = "GLIBC_TUNABLES";
+
 /// Where programs are looked for if their environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -144,6 +148,9 @@ fn start(path: &Path, exec: &Exec) -> std::io::Result<Spawned> {
     command.env_clear();
     if !exec.clear_env {
         command.envs(ENVIRONMENT);
+    }
+    if let Some(tunables) = std::env::var_os(TUNABLES) {
+        command.env(TUNABLES, tunables);
     }
     for variable in &exec.env {
         command.env(&variable.name, OsStr::from_bytes(&variable.value));

@@ -28,16 +28,22 @@ impl KvmKind {
         }
     }
 
-    /// Words for the kernel's command line that this kind needs to boot at all.
+    /// Words for the kernel's command line that this kind needs.
     ///
     /// A software KVM shows the guest most of the host's feature bits whatever CPUID it was given, and
-    /// its emulator lacks the instructions behind some: popcnt, smap, fsgsbase, invpcid, rdpid and
-    /// xsave; erms and fsrm are there, but a repeated byte copy takes one emulated step per byte.
+    /// its emulator lacks the instructions behind some (X86_FEATURE numbers of Linux 6.1): popcnt 151,
+    /// xsave 154, smap 308, fsgsbase 288, invpcid 298, rdpid 534; erms 297 and fsrm 580 are there, but
+    /// a repeated byte copy takes one emulated step per byte.
+    ///
+    /// Without xsave the kernel does not preserve AVX registers from one process to the next, and programs see AVX
+    /// all the same. GLIBC_TUNABLES ends up in init's environment, and the agent hands it on: the C library
+    /// then keeps its hands off them.
     pub fn cmdline(self) -> &'static str {
         match self {
             Self::Hardware => "",
             Self::Software => {
-                "noxsave mitigations=off rodata=off no_timer_check clearcpuid=151,308,288,298,534,297,580"
+                "rodata=off clearcpuid=151,154,308,288,298,534,297,580 \
+                 GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX512BW,-AVX_Fast_Unaligned_Load"
             }
         }
     }
