@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         test("python_prints_and_exits_with_its_own_status", Guest, python),
         test("code_comes_from_a_file_or_standard_input", Guest, code),
         test("a_shell_sees_its_cpus_input_and_environment", Guest, shell),
+        test("the_image_is_memory_or_a_disk", Guest, image_interfaces),
         test("what_cannot_be_run_is_told_apart", Guest, not_runnable),
         test("time_that_is_over_ends_the_run", Guest, timeout),
         test("a_panic_is_reported_with_the_console", Guest, panic),
@@ -95,6 +96,17 @@ fn shell() -> Result<(), Failed> {
             expected.len()
         )
         .into());
+    }
+    Ok(())
+}
+
+fn image_interfaces() -> Result<(), Failed> {
+    let script = "ls /sys/block; cat /etc/debian_version";
+    for (interface, disk) in [("pmem", "pmem0"), ("block", "vda")] {
+        run(&["--image-as", interface, "--", "sh", "-c", script])
+            .run()?
+            .expect_status(0)?
+            .expect_stdout(&format!("{disk}\n12.15\n"))?;
     }
     Ok(())
 }

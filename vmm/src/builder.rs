@@ -18,12 +18,13 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::arch::x86_64::boot::{self, BootError};
 use crate::arch::x86_64::kernel::{Kernel, KernelError, LoadedKernel};
 use crate::arch::x86_64::{layout, mptable};
-use crate::config::{ConfigError, ConsoleConfig, DriveConfig, VmConfig};
+use crate::config::{ConfigError, ConsoleConfig, DriveConfig, DriveInterface, VmConfig};
 use crate::devices::bus::{Bus, BusError};
 use crate::devices::serial::{ConsoleTail, Keyboard, SerialPort};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Block, BlockConfig, BlockError};
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, WINDOW_SIZE};
+use crate::devices::virtio::pmem::{Pmem, PmemConfig, PmemError};
 use crate::devices::virtio::rng::{Rng, RngError};
 use crate::devices::virtio::vsock::{self, Vsock, VsockError};
 use crate::drive::{Drive, DriveError};
@@ -33,6 +34,7 @@ use crate::host::{self, KvmKind};
 use crate::kvm::{self, KvmError, call_failed};
 use crate::machine::{Machine, Parts};
 use crate::memory::{self, GuestMemory, MemoryError};
+use crate::sys::file_mapping::FileMapping;
 use crate::timings::Timings;
 use crate::vcpu::{self, VcpuContext};
 
@@ -74,6 +76,17 @@ pub enum BuildError {
     /// A disk cannot be made of its file.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// A file cannot be mapped for the guest.
+    #[error("cannot map the image {path}: {source}")]
+    Map {
+        /// The file.
+        path: PathBuf,
+        /// What was wrong.
+        source: io::Error,
+    },
+    /// A file that is mapped cannot be made a device.
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
     /// There is no entropy device.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -105,7 +118,7 @@ pub fn build(config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, Build
     let ram_end = ram.first().map_or(0, |(start, len)| start + len);
     let kernel = Kernel::open(&config.kernel, ram_end)?;
     let memory = Arc::new(memory::create(&ram)?);
-    let mut devices = Devices::new(config, &memory)?;
+    let mut devices = Devices::new(config, &memory, &ram)?;
     let cmdline = devices.cmdline(config, kind);
     timings.mark("inputs checked");
 
@@ -115,7 +128,11 @@ pub fn build(config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, Build
     let cpus = u8::try_from(config.cpus).unwrap_or(u8::MAX);
     let software = kind == KvmKind::Software;
     let (vcpus, loaded) = std::thread::scope(|scope| -> Result<_, BuildError> {
-        let slots = scope.spawn(|| kvm::register_memory(&vm, &memory));
+        let slots = scope.spawn(|| {
+            kvm::register_memory(&vm, &memory)?;
+            let first = u32::try_from(ram.len()).unwrap_or(u32::MAX);
+            kvm::register_files(&vm, first, &devices.files)
+        });
         let vcpus = vcpu::create(&kvm, &vm, cpus, software)?;
         let loaded = load(kernel, &memory, &ram, &cmdline, cpus)?;
         timings.mark("kernel loaded");
@@ -142,10 +159,11 @@ pub fn build(config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, Build
         software,
         timings: Arc::clone(timings),
     };
-    let (console, subscribers) = (devices.console, devices.subscribers);
+    let (console, subscribers, files) = (devices.console, devices.subscribers, devices.files);
     Ok(Machine::start(Parts {
         vm,
         memory,
+        files,
         vcpus,
         context,
         subscribers,
@@ -176,6 +194,9 @@ struct Devices {
     irqs: Vec<(u32, EventFd)>,
     /// First address and queue events of each virtio device's window, in the order of the windows.
     windows: Vec<(u64, Vec<EventFd>)>,
+    /// Files that the guest sees as memory, with their guest physical addresses, and where the next may start.
+    files: Vec<(u64, FileMapping)>,
+    next_file: u64,
     subscribers: Vec<Subscriber>,
     root: Option<Root>,
     exit: ExitLatch,
@@ -184,18 +205,26 @@ struct Devices {
 
 /// What the kernel needs to mount its root file system.
 struct Root {
+    interface: DriveInterface,
     read_only: bool,
     file_system: Option<&'static str>,
 }
 
 impl Devices {
-    fn new(config: &VmConfig, memory: &Arc<GuestMemory>) -> Result<Self, BuildError> {
+    fn new(
+        config: &VmConfig,
+        memory: &Arc<GuestMemory>,
+        ram: &[(u64, u64)],
+    ) -> Result<Self, BuildError> {
+        let ram_end = ram.last().map_or(0, |(start, len)| start + len);
         let mut devices = Self {
             memory: Arc::clone(memory),
             pio: Bus::default(),
             mmio: Bus::default(),
             irqs: Vec::new(),
             windows: Vec::new(),
+            files: Vec::new(),
+            next_file: layout::pmem_start(ram_end),
             subscribers: Vec::new(),
             root: None,
             exit: ExitLatch::new()?,
@@ -256,17 +285,32 @@ impl Devices {
         let read_only = config.read_only;
         if index == 0 {
             self.root = Some(Root {
+                interface: config.interface,
                 read_only,
                 file_system,
             });
         }
         let id = format!("drive-{index}");
-        self.add_virtio(Block::new(BlockConfig {
-            file,
-            path: config.path.clone(),
-            read_only,
-            id,
-        })?)
+        let path = config.path.clone();
+        match config.interface {
+            DriveInterface::Block => self.add_virtio(Block::new(BlockConfig {
+                file,
+                path,
+                read_only,
+                id,
+            })?),
+            DriveInterface::Pmem => self.add_pmem(file, path, id),
+        }
+    }
+
+    fn add_pmem(&mut self, file: File, path: PathBuf, id: String) -> Result<(), BuildError> {
+        let granule = usize::try_from(layout::PMEM_GRANULE).unwrap_or(usize::MAX);
+        let mapping =
+            FileMapping::new(file, granule).map_err(|source| BuildError::Map { path, source })?;
+        let (start, size) = (self.next_file, mapping.size() as u64);
+        self.next_file = layout::pmem_start(start + size);
+        self.files.push((start, mapping));
+        self.add_virtio(Pmem::new(PmemConfig { id, start, size })?)
     }
 
     /// Gives a virtio device the next window, interrupt line and a place in the event loop.
@@ -307,11 +351,19 @@ impl Devices {
             ));
         }
         if let Some(root) = &self.root {
+            let (device, pmem) = match root.interface {
+                DriveInterface::Block => ("vda", false),
+                DriveInterface::Pmem => ("pmem0", true),
+            };
             words.push(format!(
-                "root=/dev/vda {}",
+                "root=/dev/{device} {}",
                 if root.read_only { "ro" } else { "rw" }
             ));
             words.extend(root.file_system.map(|name| format!("rootfstype={name}")));
+            // Of the file systems that can do DAX, EROFS goes on without it where an image does not allow it.
+            if pmem && root.file_system == Some("erofs") {
+                words.push("rootflags=dax".to_owned());
+            }
         }
         words.push(config.cmdline.clone());
         words.retain(|word| !word.is_empty());

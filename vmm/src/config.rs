@@ -38,6 +38,12 @@ pub enum ConfigError {
         /// What there is.
         host_mib: u64,
     },
+    /// Persistent memory that the guest may write to.
+    #[error("{path} cannot be writable as pmem: make it read-only, or a block device")]
+    WritablePmem {
+        /// The drive's file.
+        path: PathBuf,
+    },
 }
 
 /// What the host sets bounds to.
@@ -49,6 +55,15 @@ pub struct Limits {
     pub cpus: u32,
 }
 
+/// What a drive is to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DriveInterface {
+    /// A disk (virtio-blk), `/dev/vda` for the first.
+    Block,
+    /// Memory that it may only read (virtio-pmem), `/dev/pmem0` for the first. A file system that can do DAX is read where the host has it.
+    Pmem,
+}
+
 /// A disk of the guest.
 #[derive(Debug, Clone)]
 pub struct DriveConfig {
@@ -56,6 +71,8 @@ pub struct DriveConfig {
     pub path: PathBuf,
     /// The guest may not write to it, and the file is opened so.
     pub read_only: bool,
+    /// What it is to the guest.
+    pub interface: DriveInterface,
 }
 
 /// The vsock device.
@@ -90,7 +107,7 @@ pub struct VmConfig {
     pub kernel: PathBuf,
     /// Words that are added to the end of the kernel's command line.
     pub cmdline: String,
-    /// The disks, `/dev/vda` first: it holds the root file system.
+    /// The disks; the first holds the root file system.
     pub drives: Vec<DriveConfig>,
     /// The vsock device, if there is one.
     pub vsock: Option<VsockConfig>,
@@ -114,6 +131,12 @@ impl VmConfig {
         }
         if mib > host_mib {
             return Err(ConfigError::MemoryTooLarge { mib, host_mib });
+        }
+        let writable =
+            |drive: &&DriveConfig| drive.interface == DriveInterface::Pmem && !drive.read_only;
+        if let Some(drive) = self.drives.iter().find(writable) {
+            let path = drive.path.clone();
+            return Err(ConfigError::WritablePmem { path });
         }
         Ok(())
     }
@@ -144,6 +167,25 @@ mod tests {
     fn bounds_are_inclusive() {
         for (cpus, memory) in [(1, 32), (8, 1024)] {
             assert_eq!(config(cpus, memory).validate(LIMITS), Ok(()));
+        }
+    }
+
+    #[test]
+    fn persistent_memory_is_read_only() {
+        for (interface, read_only, good) in [
+            (DriveInterface::Block, false, true),
+            (DriveInterface::Block, true, true),
+            (DriveInterface::Pmem, true, true),
+            (DriveInterface::Pmem, false, false),
+        ] {
+            let mut config = config(1, 128);
+            config.drives.push(DriveConfig {
+                path: "image".into(),
+                read_only,
+                interface,
+            });
+            let result = config.validate(LIMITS);
+            assert_eq!(result.is_ok(), good, "{result:?}");
         }
     }
 

@@ -116,11 +116,13 @@ fn file_system(file: &File) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::DriveInterface;
 
     fn config(path: &std::path::Path, read_only: bool) -> DriveConfig {
         DriveConfig {
             path: path.to_owned(),
             read_only,
+            interface: DriveInterface::Block,
         }
     }
 

@@ -9,6 +9,7 @@ use crate::devices::serial::ConsoleTail;
 use crate::event_loop::{EventLoop, EventLoopError, Subscriber};
 use crate::exit::ExitLatch;
 use crate::memory::GuestMemory;
+use crate::sys::file_mapping::FileMapping;
 use crate::vcpu::{VcpuContext, VcpuThread};
 
 /// A machine that is built and has not run yet: what the builder hands over.
@@ -17,6 +18,8 @@ pub struct Parts {
     pub vm: VmFd,
     /// Guest memory.
     pub memory: Arc<GuestMemory>,
+    /// Files that the guest sees as memory, with their guest physical addresses.
+    pub files: Vec<(u64, FileMapping)>,
     /// The processors, set up for boot.
     pub vcpus: Vec<VcpuFd>,
     /// What the processors' threads share; `id` is filled in for each.
@@ -41,6 +44,7 @@ pub struct Machine {
     console: ConsoleTail,
     vm: VmFd,
     memory: Arc<GuestMemory>,
+    files: Vec<(u64, FileMapping)>,
 }
 
 impl Machine {
@@ -49,6 +53,7 @@ impl Machine {
         let Parts {
             vm,
             memory,
+            files,
             vcpus,
             context,
             subscribers,
@@ -75,6 +80,7 @@ impl Machine {
             console,
             vm,
             memory,
+            files,
         })
     }
 

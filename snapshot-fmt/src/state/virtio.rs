@@ -58,6 +58,17 @@ pub struct BlockState {
     pub sectors: u64,
 }
 
+/// What virtio-pmem adds; a restored device must be in the same place.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PmemState {
+    /// What messages call it.
+    pub id: String,
+    /// First guest physical address.
+    pub start: u64,
+    /// Size in bytes.
+    pub size: u64,
+}
+
 /// What virtio-vsock adds. Connections do not survive: the guest is told to drop them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockState {

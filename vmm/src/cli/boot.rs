@@ -35,6 +35,7 @@ pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
         drives.push(DriveConfig {
             path,
             read_only: true,
+            interface: args.vm.image_interface(),
         });
     }
     let config = VmConfig {

@@ -216,6 +216,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         drives: vec![DriveConfig {
             path: image,
             read_only: true,
+            interface: args.vm.image_interface(),
         }],
         vsock: Some(VsockConfig {
             cid: GUEST_CID,

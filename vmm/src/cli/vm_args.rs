@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::CliError;
 use super::sizes::{duration, memory_mib};
+use crate::config::DriveInterface;
 
 /// A VM.
 #[derive(Debug, Args)]
@@ -26,12 +27,36 @@ pub struct VmArgs {
     /// Image with the root file system, which the guest may only read [default of run: the one that tools/build-image made; of boot: none]
     #[arg(long, value_name = "FILE")]
     pub image: Option<PathBuf>,
+    /// What the image is to the guest: memory that needs no copies, or a disk, which more kernels can mount [default: pmem, or block where --kernel names a kernel]
+    #[arg(long, value_enum, value_name = "DEVICE")]
+    pub image_as: Option<ImageAs>,
     /// Stop after this time, boot included: seconds, or with ms, s, m, h
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub timeout: Option<Duration>,
     /// Print how long each phase took
     #[arg(long)]
     pub timings: bool,
+}
+
+/// See [`DriveInterface`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ImageAs {
+    /// virtio-pmem, with DAX if the image is EROFS
+    Pmem,
+    /// virtio-blk
+    Block,
+}
+
+impl VmArgs {
+    /// What the image is to the guest. A kernel that somebody else built may have no driver for persistent memory.
+    pub fn image_interface(&self) -> DriveInterface {
+        match self.image_as {
+            Some(ImageAs::Pmem) => DriveInterface::Pmem,
+            Some(ImageAs::Block) => DriveInterface::Block,
+            None if self.kernel.is_some() => DriveInterface::Block,
+            None => DriveInterface::Pmem,
+        }
+    }
 }
 
 /// The kernel that was named, or the installed one.

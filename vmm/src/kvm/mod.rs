@@ -8,8 +8,8 @@ use std::io;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
-    kvm_run, kvm_userspace_memory_region,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
+    kvm_pit_config, kvm_run, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use thiserror::Error;
@@ -17,6 +17,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap}
 
 use crate::arch::x86_64::layout::KVM_TSS_START;
 use crate::memory::GuestMemory;
+use crate::sys::file_mapping::FileMapping;
 
 pub use kick::{Kick, install_kick_handler};
 
@@ -86,6 +87,7 @@ pub fn open() -> Result<Kvm, KvmError> {
         (Cap::Irqfd, "KVM_CAP_IRQFD"),
         (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
         (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
         (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
         (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     ] {
@@ -126,6 +128,26 @@ pub fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), KvmError> 
         };
         // SAFETY: the range is one whole mapping of `region`, which outlives the VM (see above); no
         // Rust reference into it exists, since all access goes through volatile reads and writes.
+        unsafe { vm.set_user_memory_region(slot) }
+            .map_err(call_failed("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+/// Shows `files`, each with its guest physical address, to the guest for reading, in the slots from `first` on. A guest's write leaves
+/// KVM_RUN as an access to a device that is not there.
+///
+/// The caller keeps the mappings for as long as the VM lives, as [`crate::machine::Machine`] does.
+pub fn register_files(vm: &VmFd, first: u32, files: &[(u64, FileMapping)]) -> Result<(), KvmError> {
+    for (slot, (start, mapping)) in (first..).zip(files) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: *start,
+            memory_size: mapping.size() as u64,
+            userspace_addr: mapping.address() as u64,
+        };
+        // SAFETY: the range is one whole mapping, which outlives the VM (see above), and which nothing in this process reads or writes.
         unsafe { vm.set_user_memory_region(slot) }
             .map_err(call_failed("KVM_SET_USER_MEMORY_REGION"))?;
     }

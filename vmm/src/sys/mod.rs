@@ -3,5 +3,6 @@
 //! Each file wraps one thing and states the invariant that makes its `unsafe` sound.
 #![allow(unsafe_code)]
 
+pub mod file_mapping;
 pub mod userfaultfd;
 pub mod vectored;

@@ -4,7 +4,7 @@
 //! 0x0000_0500  GDT, IDT           0x0000_9000  page tables (PML4, PDPT, PDs)
 //! 0x0000_7000  boot_params        0x0002_0000  kernel command line
 //! 0x0009_fc00  MP table (EBDA)    0x0010_0000  kernel and the rest of RAM
-//! 0xc000_0000  hole: devices      0x1_0000_0000  RAM that did not fit below
+//! 0xc000_0000  hole: devices      0x1_0000_0000  RAM that did not fit below, then files (pmem)
 //! ```
 
 /// Global descriptor table of the 64-bit entry.
@@ -56,6 +56,16 @@ pub const SERIAL_GSI: u32 = 4;
 /// First port of the keyboard controller, whose reset line Linux pulls with `reboot=k`.
 pub const I8042_PORT: u64 = 0x60;
 
+/// What Linux can add to its memory map: a file's guest memory is a multiple of it (SUBSECTION_SIZE).
+pub const PMEM_GRANULE: u64 = 2 << 20;
+/// Where a file's memory may start, so that it shares no section of Linux's memory map with RAM or another file.
+pub const PMEM_ALIGN: u64 = 128 << 20;
+
+/// First address for a file's memory above `end`, the end of RAM or of the file before it.
+pub fn pmem_start(end: u64) -> u64 {
+    end.max(GAP_END).next_multiple_of(PMEM_ALIGN)
+}
+
 /// RAM ranges, as (start, length), for `bytes` of memory: one below the hole, and
 /// one from 4 GiB where that is not enough.
 pub fn ram_ranges(bytes: u64) -> Vec<(u64, u64)> {
@@ -69,6 +79,19 @@ pub fn ram_ranges(bytes: u64) -> Vec<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_are_above_ram() {
+        for (end, start) in [
+            (32 << 20, GAP_END),
+            (GAP_START, GAP_END),
+            (GAP_END, GAP_END),
+            (GAP_END + 1, GAP_END + PMEM_ALIGN),
+            (GAP_END + PMEM_ALIGN, GAP_END + PMEM_ALIGN),
+        ] {
+            assert_eq!(pmem_start(end), start);
+        }
+    }
 
     #[test]
     fn ram_skips_the_hole() {

@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub mod blk;
 pub mod mmio;
+pub mod pmem;
 pub mod queue;
 pub mod rng;
 pub mod signal;
@@ -46,6 +47,8 @@ pub mod device_type {
     pub const RNG: u32 = 4;
     /// Socket device.
     pub const VSOCK: u32 = 19;
+    /// Persistent memory.
+    pub const PMEM: u32 = 27;
 }
 
 /// What a device gets when its driver is ready.
