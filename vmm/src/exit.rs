@@ -37,6 +37,8 @@ pub enum ExitReason {
         /// What KVM said.
         why: String,
     },
+    /// The guest was asked to end and did not in time, or was not asked.
+    Stopped,
     /// A thread of the monitor ended though it should not have.
     Monitor(String),
 }
@@ -82,6 +84,7 @@ impl fmt::Display for ExitReason {
                 }
             }
             Self::VcpuDied { vcpu, why } => write!(f, "vCPU {vcpu} died: {why}"),
+            Self::Stopped => write!(f, "stopped by force"),
             Self::Monitor(why) => write!(f, "the monitor failed: {why}"),
         }
     }

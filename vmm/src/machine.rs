@@ -1,7 +1,8 @@
-//! A virtual machine's life: it runs from when it is started until its end or its drop.
+//! A virtual machine's life: it runs, with pauses, from when it is started until its end or its drop.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuFd, VmFd};
 
@@ -11,6 +12,23 @@ use crate::exit::ExitLatch;
 use crate::memory::GuestMemory;
 use crate::sys::file_mapping::FileMapping;
 use crate::vcpu::{VcpuContext, VcpuThread};
+
+/// How long a processor may take to leave the guest. It does so at once, unless the host has no time for its thread.
+const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Whether a machine's processors run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunState {
+    /// They do.
+    Running,
+    /// They wait outside the guest.
+    Paused,
+}
+
+/// A processor did not leave the guest.
+#[derive(Debug, thiserror::Error)]
+#[error("vCPU {0} did not stop within {PAUSE_DEADLINE:?}: the host is overloaded; the VM runs on")]
+pub struct PauseError(usize);
 
 /// A machine that is built and has not run yet: what the builder hands over.
 pub struct Parts {
@@ -39,6 +57,7 @@ pub struct Parts {
 )]
 pub struct Machine {
     vcpus: Vec<VcpuThread>,
+    state: Mutex<RunState>,
     event_loop: EventLoop,
     exit: ExitLatch,
     console: ConsoleTail,
@@ -75,6 +94,7 @@ impl Machine {
             .collect::<io::Result<_>>()?;
         Ok(Self {
             vcpus,
+            state: Mutex::new(RunState::Running),
             event_loop,
             exit,
             console,
@@ -92,5 +112,33 @@ impl Machine {
     /// The last of what the guest printed.
     pub fn console(&self) -> &ConsoleTail {
         &self.console
+    }
+
+    /// Whether the processors run.
+    pub fn state(&self) -> RunState {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes all processors out of the guest; comes back when they are. A machine that is paused stays so.
+    pub fn pause(&self) -> Result<(), PauseError> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let deadline = Instant::now() + PAUSE_DEADLINE;
+        self.vcpus.iter().for_each(VcpuThread::pause);
+        for (id, vcpu) in self.vcpus.iter().enumerate() {
+            if !vcpu.wait_paused(deadline) {
+                self.vcpus.iter().for_each(VcpuThread::resume);
+                *state = RunState::Running;
+                return Err(PauseError(id));
+            }
+        }
+        *state = RunState::Paused;
+        Ok(())
+    }
+
+    /// Lets the processors run on. A machine that runs is left alone.
+    pub fn resume(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.vcpus.iter().for_each(VcpuThread::resume);
+        *state = RunState::Running;
     }
 }

@@ -37,6 +37,8 @@ pub mod status {
     pub const TIMEOUT: u8 = 124;
     /// The monitor itself failed.
     pub const MONITOR: u8 = 125;
+    /// Stopped by force: what SIGKILL makes of a process.
+    pub const KILLED: u8 = 137;
     /// Nobody reads the output any more: what SIGPIPE would have made of it.
     pub const BROKEN_PIPE: u8 = 141;
 }
@@ -129,6 +131,7 @@ fn reason_status(reason: &ExitReason) -> u8 {
         ExitReason::TripleFault { .. } => status::TRIPLE_FAULT,
         ExitReason::Emulation { .. } => status::EMULATION_FAILURE,
         ExitReason::VcpuDied { .. } => status::VCPU_DIED,
+        ExitReason::Stopped => status::KILLED,
         ExitReason::Monitor(_) => status::MONITOR,
     }
 }

@@ -53,6 +53,11 @@ impl Kick {
         let _ = thread.kill(SIGRTMIN());
     }
 
+    /// Lets the thread enter the guest again. Only that thread calls this, and only where nobody wants it out any more.
+    pub fn clear(&self) {
+        self.immediate_exit().store(0, Ordering::SeqCst);
+    }
+
     fn immediate_exit(&self) -> &AtomicU8 {
         // SAFETY: the mapping lives as long as `self`; the byte is a field of it, and the kernel
         // reads it as a byte. All users in this process go through this atomic.

@@ -1,9 +1,9 @@
 //! The thread of a virtual processor.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
 
 use kvm_ioctls::VcpuFd;
 
@@ -36,19 +36,74 @@ pub struct VcpuContext {
     pub timings: Arc<Timings>,
 }
 
+/// What a processor is wanted to do, and what it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Run,
+    Pause,
+    Stop,
+}
+
+#[derive(Debug)]
+struct Gate {
+    wanted: Wanted,
+    /// The thread is outside KVM_RUN with no access half done, and stays there until `wanted` changes.
+    parked: bool,
+    /// The thread has ended.
+    ended: bool,
+}
+
+struct Shared {
+    gate: Mutex<Gate>,
+    changed: Condvar,
+    kick: Kick,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Gate> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Called by the thread where KVM_RUN was interrupted: waits while a pause is wanted. False where the thread shall end.
+    ///
+    /// KVM finishes the access that the last exit was for before it looks at `immediate_exit`, so the state is whole here.
+    fn pass(&self) -> bool {
+        let mut gate = self.lock();
+        while gate.wanted == Wanted::Pause {
+            gate.parked = true;
+            self.changed.notify_all();
+            gate = self
+                .changed
+                .wait(gate)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        gate.parked = false;
+        if gate.wanted == Wanted::Run {
+            self.kick.clear();
+        }
+        gate.wanted == Wanted::Run
+    }
+}
+
 /// A running processor. It stops when it is dropped.
 pub struct VcpuThread {
-    kick: Kick,
-    stop: Arc<AtomicBool>,
+    shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl VcpuThread {
     /// Starts the processor.
     pub fn start(mut vcpu: VcpuFd, context: VcpuContext) -> io::Result<Self> {
-        let kick = Kick::new(&vcpu)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
+        let shared = Arc::new(Shared {
+            gate: Mutex::new(Gate {
+                wanted: Wanted::Run,
+                parked: false,
+                ended: false,
+            }),
+            changed: Condvar::new(),
+            kick: Kick::new(&vcpu)?,
+        });
+        let own = Arc::clone(&shared);
         let thread = Builder::new()
             .name(format!("vcpu{}", context.id))
             .stack_size(STACK_SIZE)
@@ -56,26 +111,66 @@ impl VcpuThread {
                 if context.id == 0 {
                     context.timings.mark("first KVM_RUN");
                 }
-                while !stopped.load(Ordering::SeqCst) {
+                loop {
                     match run_once(&mut vcpu, &context) {
-                        Next::Run | Next::Interrupted => {}
-                        Next::Exit(reason) => return context.exit.set(reason),
+                        Next::Run => {}
+                        Next::Interrupted if own.pass() => {}
+                        Next::Interrupted => break,
+                        Next::Exit(reason) => {
+                            context.exit.set(reason);
+                            break;
+                        }
                     }
                 }
+                own.lock().ended = true;
+                own.changed.notify_all();
             })?;
         Ok(Self {
-            kick,
-            stop,
+            shared,
             thread: Some(thread),
         })
+    }
+
+    /// Asks the processor to leave the guest and wait.
+    pub fn pause(&self) {
+        self.want(Wanted::Pause);
+    }
+
+    /// Waits until a pause that was asked for is there. False where it is not by `deadline`.
+    pub fn wait_paused(&self, deadline: Instant) -> bool {
+        let mut gate = self.shared.lock();
+        while !gate.parked && !gate.ended {
+            let Some(rest) = deadline.checked_duration_since(Instant::now()) else {
+                return false;
+            };
+            let waited = self.shared.changed.wait_timeout(gate, rest);
+            gate = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Lets the processor run on.
+    pub fn resume(&self) {
+        self.want(Wanted::Run);
+    }
+
+    fn want(&self, wanted: Wanted) {
+        let mut gate = self.shared.lock();
+        gate.wanted = wanted;
+        if wanted == Wanted::Run {
+            // A thread that is not parked yet finds in `pass` that it may run on.
+            gate.parked = false;
+        } else if let Some(thread) = &self.thread {
+            self.shared.kick.kick(thread);
+        }
+        self.shared.changed.notify_all();
     }
 }
 
 impl Drop for VcpuThread {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
+        self.want(Wanted::Stop);
         if let Some(thread) = self.thread.take() {
-            self.kick.kick(&thread);
             // A panicking thread has reported itself; there is nothing to add here.
             let _ = thread.join();
         }
