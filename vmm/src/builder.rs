@@ -19,6 +19,7 @@ use crate::arch::x86_64::boot::{self, BootError};
 use crate::arch::x86_64::kernel::{Kernel, KernelError, LoadedKernel};
 use crate::arch::x86_64::{layout, mptable};
 use crate::config::{ConfigError, ConsoleConfig, DriveConfig, DriveInterface, VmConfig};
+use crate::console_log::ConsoleLog;
 use crate::devices::bus::{Bus, BusError};
 use crate::devices::serial::{ConsoleTail, Keyboard, SerialPort};
 use crate::devices::virtio::VirtioDevice;
@@ -255,6 +256,10 @@ impl Devices {
     }
 
     fn add_serial(&mut self, console: &ConsoleConfig) -> Result<(), BuildError> {
+        let failed = |path: &PathBuf| {
+            let path = path.clone();
+            |source| BuildError::Console { path, source }
+        };
         let stream: Option<Box<dyn Write + Send>> = match console {
             ConsoleConfig::Kept => None,
             ConsoleConfig::Stderr => Some(Box::new(io::stderr())),
@@ -266,11 +271,11 @@ impl Devices {
                     .truncate(true)
                     .custom_flags(libc::O_NONBLOCK)
                     .open(path)
-                    .map_err(|source| BuildError::Console {
-                        path: path.clone(),
-                        source,
-                    })?;
+                    .map_err(failed(path))?;
                 Some(Box::new(file))
+            }
+            ConsoleConfig::Log(path) => {
+                Some(Box::new(ConsoleLog::create(path).map_err(failed(path))?))
             }
         };
         let line = Arc::new(self.irq(layout::SERIAL_GSI)?);

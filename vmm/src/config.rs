@@ -94,6 +94,8 @@ pub enum ConsoleConfig {
     Stderr,
     /// To a file, which is made anew, as well.
     File(PathBuf),
+    /// To a file of bounded length, as well.
+    Log(PathBuf),
 }
 
 /// A virtual machine.

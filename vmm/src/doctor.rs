@@ -274,7 +274,7 @@ fn examine_ksm() -> Finding {
 
 fn examine_runtime_dir() -> Finding {
     let dir = runtime_dir();
-    match sandbox::SandboxDir::create() {
+    match sandbox::SandboxDir::create(None) {
         Ok(_) => Finding::good("runtime directory", format!("{} is usable", dir.display())),
         Err(error) => Finding::fatal(
             "runtime directory",

@@ -8,6 +8,8 @@ pub mod arch;
 pub mod builder;
 pub mod cli;
 pub mod config;
+pub mod console_log;
+pub mod control;
 pub mod devices;
 pub mod doctor;
 pub mod drive;

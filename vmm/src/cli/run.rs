@@ -206,8 +206,9 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
 
     host::raise_open_files_limit();
 
-    let sandbox = SandboxDir::create().map_err(|error| CliError::BadInput(error.to_string()))?;
-    let ready = UnixListener::bind(sandbox.vsock_listener(AGENT_PORT)).map_err(monitor)?;
+    let sandbox =
+        SandboxDir::create(None).map_err(|error| CliError::BadInput(error.to_string()))?;
+    let ready = UnixListener::bind(sandbox.paths().vsock_listener(AGENT_PORT)).map_err(monitor)?;
     let config = VmConfig {
         cpus: args.vm.cpus,
         memory_mib: args.vm.memory,
@@ -220,7 +221,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         }],
         vsock: Some(VsockConfig {
             cid: GUEST_CID,
-            socket: sandbox.vsock_socket(),
+            socket: sandbox.paths().vsock_socket(),
         }),
         console: match args.console.as_deref() {
             None => ConsoleConfig::Kept,

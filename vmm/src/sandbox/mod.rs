@@ -3,19 +3,30 @@
 //! ```text
 //! $XDG_RUNTIME_DIR/bough/<id>/   (or /run/bough/<id>/ for root without one)
 //!   lock          held (flock) for as long as the sandbox lives
+//!   sandbox.json  what it is
+//!   exit.json     how it ended, once it has
+//!   api.sock      HTTP, where it was started detached
+//!   console.log   what the guest prints, and console.log.1, what it printed before
 //!   vsock.sock    hosts connect here and say CONNECT <port>
 //!   vsock.sock_P  the guest's connections to host port P arrive here
 //! ```
 //!
-//! A directory whose lock nobody holds is a killed sandbox's: whoever starts next removes it.
+//! A directory whose lock nobody holds is a dead sandbox's. Whoever starts next removes it, unless it was
+//! started detached: then it stays, to be looked at, until `vmm rm` or a new sandbox of that name.
+
+pub mod list;
+pub mod record;
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 use thiserror::Error;
+
+use list::Sandbox;
+use record::{EXIT_RECORD, ExitRecord, RECORD, Record};
 
 /// Longest path that a Unix socket can be bound to, in bytes (`sun_path`, its NUL excluded).
 const SOCKET_PATH_MAX: usize = 107;
@@ -23,8 +34,18 @@ const SOCKET_PATH_MAX: usize = 107;
 const SOCKET_NAME_ROOM: usize = 22;
 /// Characters of an id.
 const ID_LEN: usize = 8;
+/// What the name of a directory that is being removed starts with.
+const REMOVED: &str = ".removed-";
+/// How long to wait between two tries for a lock.
+const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
 /// How often a new id is tried before the last error is believed.
 const TRIES: u32 = 100;
+
+/// Longest name, in bytes.
+const NAME_MAX: usize = 63;
+
+/// A file of the parent directory that is locked while names are looked at and taken.
+const NAMES_LOCK: &str = ".names";
 
 /// Why a sandbox has no place.
 #[derive(Debug, Error)]
@@ -39,6 +60,24 @@ pub enum SandboxError {
         /// What the system said.
         source: io::Error,
     },
+    /// Another sandbox has the name.
+    #[error(
+        "a sandbox called {name:?} is running (id {id}): choose another --name, or `vmm stop {name}` first"
+    )]
+    NameInUse {
+        /// The name.
+        name: String,
+        /// Whose it is.
+        id: String,
+    },
+    /// It cannot be a name.
+    #[error(
+        "{name:?} cannot be a sandbox's name: give up to 63 letters, digits, '.', '_' and '-', the first a letter or digit"
+    )]
+    BadName {
+        /// What was given.
+        name: String,
+    },
     /// The path is too long for a Unix socket in it.
     #[error(
         "{path} is too long a path for a Unix socket in it: set XDG_RUNTIME_DIR to a shorter one"
@@ -49,18 +88,68 @@ pub enum SandboxError {
     },
 }
 
-/// A sandbox's directory. It is removed when this is dropped.
+/// Where a sandbox has its files.
+#[derive(Debug, Clone)]
+pub struct SandboxPaths(PathBuf);
+
+impl SandboxPaths {
+    /// Those of the sandbox in this directory.
+    pub fn new(dir: PathBuf) -> Self {
+        Self(dir)
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.0
+    }
+
+    /// Locked by the sandbox's process.
+    pub fn lock(&self) -> PathBuf {
+        self.0.join("lock")
+    }
+
+    /// Where the API is served.
+    pub fn api_socket(&self) -> PathBuf {
+        self.0.join("api.sock")
+    }
+
+    /// What the guest prints.
+    pub fn console(&self) -> PathBuf {
+        self.0.join("console.log")
+    }
+
+    /// Where hosts reach the guest's vsock.
+    pub fn vsock_socket(&self) -> PathBuf {
+        self.0.join("vsock.sock")
+    }
+
+    /// Where the guest's connections to `port` of the host arrive.
+    pub fn vsock_listener(&self, port: u32) -> PathBuf {
+        self.0.join(format!("vsock.sock_{port}"))
+    }
+}
+
+/// A sandbox's directory, locked. It is removed when this is dropped, unless it is kept.
 pub struct SandboxDir {
-    path: PathBuf,
+    paths: SandboxPaths,
+    id: String,
+    name: String,
+    kept: bool,
     _lock: File,
 }
 
 impl SandboxDir {
-    /// Makes a directory with a new id, and clears away what killed sandboxes have left.
-    pub fn create() -> Result<Self, SandboxError> {
+    /// Makes a directory with a new id, and clears away what killed sandboxes have left. The name is the id where none
+    /// is given. What a dead sandbox of that name has left goes as well.
+    pub fn create(name: Option<&str>) -> Result<Self, SandboxError> {
         let parent = runtime_dir();
         if parent.as_os_str().len() + ID_LEN + 1 + SOCKET_NAME_ROOM > SOCKET_PATH_MAX {
             return Err(SandboxError::PathTooLong { path: parent });
+        }
+        if let Some(name) = name.filter(|name| !is_name(name)) {
+            return Err(SandboxError::BadName {
+                name: name.to_owned(),
+            });
         }
         DirBuilder::new()
             .recursive(true)
@@ -78,9 +167,72 @@ impl SandboxDir {
             match Self::create_in(&parent, &new_id()?) {
                 // The id is taken, or another starter took the new directory for a dead one.
                 Err(SandboxError::Io { source, .. }) if tries < TRIES && is_race(&source) => {}
-                other => return other,
+                Ok(mut sandbox) => {
+                    if let Some(name) = name {
+                        sandbox.name = name.to_owned();
+                    }
+                    return Ok(sandbox);
+                }
+                Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Writes down what this sandbox is; from then on it is listed. Its name must not be a living one's.
+    pub fn publish(&mut self, record: &Record) -> Result<(), SandboxError> {
+        let parent = runtime_dir();
+        let io = |action: &'static str, path: &Path| {
+            let path = path.to_owned();
+            move |source| SandboxError::Io {
+                action,
+                path,
+                source,
+            }
+        };
+        let names_path = parent.join(NAMES_LOCK);
+        let names = File::create(&names_path).map_err(io("make", &names_path))?;
+        flock(&names, FlockOperation::LockExclusive)
+            .map_err(|errno| io("lock", &names_path)(errno.into()))?;
+        let others = list::all_in(&parent).unwrap_or_default();
+        for other in others.iter().filter(|other| other.record.name == self.name) {
+            if other.alive {
+                return Err(SandboxError::NameInUse {
+                    name: self.name.clone(),
+                    id: other.record.id.clone(),
+                });
+            }
+            remove(other)?;
+        }
+        record::write(self.path(), RECORD, record).map_err(io("write", self.path()))?;
+        self.kept = record.kept;
+        Ok(())
+    }
+
+    /// Eight hexadecimal digits.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What the user calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its files.
+    pub fn paths(&self) -> &SandboxPaths {
+        &self.paths
+    }
+
+    /// Writes down how the sandbox ended, takes its sockets away, and keeps the rest.
+    pub fn end(mut self, exit: &ExitRecord) -> io::Result<()> {
+        record::write(self.path(), EXIT_RECORD, exit)?;
+        for entry in fs::read_dir(self.path())?.flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_socket()) {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        self.kept = true;
+        Ok(())
     }
 
     fn create_in(parent: &Path, id: &str) -> Result<Self, SandboxError> {
@@ -102,29 +254,62 @@ impl SandboxDir {
             .map_err(|errno| io("lock")(errno.into()))?;
         // It may have been removed between its making and its locking.
         fs::metadata(path.join("lock")).map_err(io("keep"))?;
-        Ok(Self { path, _lock: lock })
+        Ok(Self {
+            paths: SandboxPaths::new(path),
+            id: id.to_owned(),
+            name: id.to_owned(),
+            kept: false,
+            _lock: lock,
+        })
     }
 
     /// The directory.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.paths.dir()
     }
+}
 
-    /// Where hosts reach the guest's vsock.
-    pub fn vsock_socket(&self) -> PathBuf {
-        self.path.join("vsock.sock")
+/// Removes what a dead sandbox has left. One that lives is refused by its lock.
+pub fn remove(sandbox: &Sandbox) -> Result<(), SandboxError> {
+    let path = sandbox.paths.dir();
+    let io = |source| SandboxError::Io {
+        action: "remove",
+        path: path.to_owned(),
+        source,
+    };
+    if let Ok(lock) = File::open(sandbox.paths.lock()) {
+        // Who lists sandboxes holds a lock for a moment.
+        let mut tries = 0;
+        while let Err(errno) = flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            tries += 1;
+            if tries == TRIES {
+                return Err(io(errno.into()));
+            }
+            std::thread::sleep(LOCK_PAUSE);
+        }
     }
+    // At once out of everybody's sight: a removal that is cut short leaves nothing that looks like a sandbox.
+    let aside = path.with_file_name(format!("{REMOVED}{}", sandbox.record.id));
+    match fs::rename(path, &aside).and_then(|()| fs::remove_dir_all(&aside)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io(error)),
+        _ => Ok(()),
+    }
+}
 
-    /// Where the guest's connections to `port` of the host arrive.
-    pub fn vsock_listener(&self, port: u32) -> PathBuf {
-        self.path.join(format!("vsock.sock_{port}"))
-    }
+fn is_name(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    name.len() <= NAME_MAX
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.chars().all(allowed)
 }
 
 impl Drop for SandboxDir {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.path) {
-            log::warn!("cannot remove {}: {error}", self.path.display());
+        if self.kept {
+            return;
+        }
+        if let Err(error) = fs::remove_dir_all(self.path()) {
+            log::warn!("cannot remove {}: {error}", self.path().display());
         }
     }
 }
@@ -161,12 +346,19 @@ fn remove_dead(parent: &Path) {
         return;
     };
     for entry in entries.flatten() {
+        let name = entry.file_name();
+        if name.as_encoded_bytes().starts_with(REMOVED.as_bytes()) {
+            let _ = fs::remove_dir_all(entry.path());
+            continue;
+        }
         let Ok(lock) = File::open(entry.path().join("lock")) else {
             // Killed before it had a lock. A starter who is only that far finds its directory gone, and tries again.
             let _ = fs::remove_dir(entry.path());
             continue;
         };
-        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+        let record = record::read::<Record>(&entry.path(), RECORD);
+        let kept = record.is_ok_and(|record| record.is_some_and(|record| record.kept));
+        if !kept && flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -183,9 +375,8 @@ mod tests {
         let dead = SandboxDir::create_in(parent.path(), "dead").unwrap();
         let dead_path = dead.path().to_owned();
         // As after kill -9: the lock is gone, the directory is not.
-        let SandboxDir { path, .. } = &dead;
-        fs::remove_file(path.join("lock")).unwrap();
-        File::create(path.join("lock")).unwrap();
+        fs::remove_file(dead.paths().lock()).unwrap();
+        File::create(dead.paths().lock()).unwrap();
         std::mem::forget(dead);
         remove_dead(parent.path());
         assert!(!dead_path.exists());
@@ -196,7 +387,7 @@ mod tests {
     fn a_dropped_sandbox_leaves_nothing() {
         let parent = tempfile::tempdir().unwrap();
         let sandbox = SandboxDir::create_in(parent.path(), "one").unwrap();
-        fs::write(sandbox.vsock_socket(), "").unwrap();
+        fs::write(sandbox.paths().vsock_socket(), "").unwrap();
         drop(sandbox);
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
     }

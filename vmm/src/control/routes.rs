@@ -1,0 +1,316 @@
+//! What the API does: one function for each path and method.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::http::{Chunks, Request};
+use super::types::{ErrorBody, ErrorCode, SandboxView, State, StopRequest, StopView};
+use crate::agent::{AGENT_PORT, Agent, ShutdownMode};
+use crate::console_log::ConsoleReader;
+use crate::exit::{ExitLatch, ExitReason};
+use crate::machine::Machine;
+use crate::sandbox::SandboxPaths;
+use crate::sandbox::record::Record;
+
+/// The API's description.
+pub const OPENAPI: &str = include_str!("openapi.json");
+
+/// How often a console that is followed is looked at.
+const FOLLOW_PAUSE: Duration = Duration::from_millis(100);
+/// What a forced end may take.
+const FORCE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the API acts on.
+pub struct Control {
+    record: Record,
+    paths: SandboxPaths,
+    start: Instant,
+    /// It ends where the machine does.
+    machine: Weak<Machine>,
+    exit: ExitLatch,
+    agent: Mutex<Option<Agent>>,
+    stopping: AtomicBool,
+}
+
+/// What a request is answered with.
+pub enum Reply {
+    /// Status 200 and this JSON.
+    Json(Vec<u8>),
+    /// It was sent already.
+    Sent,
+}
+
+type Handler = fn(&Control, &Request, &mut UnixStream) -> Result<Reply, ErrorBody>;
+
+/// Methods and paths.
+const ROUTES: [(&str, &str, Handler); 6] = [
+    ("GET", "/v1/sandbox", sandbox),
+    ("POST", "/v1/pause", pause),
+    ("POST", "/v1/resume", resume),
+    ("POST", "/v1/stop", stop),
+    ("GET", "/v1/console", console),
+    ("GET", "/v1/openapi.json", openapi),
+];
+
+/// Finds the function for a request, and calls it.
+pub fn route(
+    control: &Control,
+    request: &Request,
+    stream: &mut UnixStream,
+) -> Result<Reply, ErrorBody> {
+    let mut found = false;
+    for (method, path, handler) in ROUTES {
+        if path == request.path {
+            found = true;
+            if method == request.method {
+                return handler(control, request, stream);
+            }
+        }
+    }
+    let (method, path) = (&request.method, &request.path);
+    Err(if found {
+        let message = format!("{path} does not take {method}");
+        ErrorBody::new(ErrorCode::MethodNotAllowed, message)
+    } else {
+        let message = format!("there is no {path}; GET /v1/openapi.json describes what there is");
+        ErrorBody::new(ErrorCode::NotFound, message)
+    })
+}
+
+fn json(value: &impl Serialize) -> Result<Reply, ErrorBody> {
+    serde_json::to_vec(value)
+        .map(Reply::Json)
+        .map_err(|error| ErrorBody::new(ErrorCode::Internal, error.to_string()))
+}
+
+/// The request's body; the default where there is none.
+fn body<T: DeserializeOwned + Default>(request: &Request) -> Result<T, ErrorBody> {
+    if request.body.is_empty() {
+        return Ok(T::default());
+    }
+    serde_json::from_slice(&request.body)
+        .map_err(|error| ErrorBody::new(ErrorCode::BadBody, format!("the body: {error}")))
+}
+
+impl Control {
+    /// For the sandbox of `record`. `agent` is a connection that serves for its end alone.
+    pub fn new(
+        record: Record,
+        paths: SandboxPaths,
+        start: Instant,
+        machine: &Arc<Machine>,
+        agent: Agent,
+    ) -> Self {
+        Self {
+            record,
+            paths,
+            start,
+            exit: machine.exit().clone(),
+            machine: Arc::downgrade(machine),
+            agent: Mutex::new(Some(agent)),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    fn machine(&self) -> Result<Arc<Machine>, ErrorBody> {
+        let ended = || ErrorBody::new(ErrorCode::Conflict, "the sandbox is ending");
+        self.machine.upgrade().ok_or_else(ended)
+    }
+
+    /// A stop was asked for: an end that the guest makes itself is what was wanted.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    /// Ends the VM: asks the guest, and ends it by force where it has not ended after `patience`. True where it was forced.
+    pub fn stop(&self, patience: Duration) -> bool {
+        self.stopping.store(true, Ordering::SeqCst);
+        let deadline = Instant::now() + patience;
+        if !patience.is_zero() {
+            if let Some(machine) = self.machine.upgrade() {
+                machine.resume();
+            }
+            self.ask_to_end(deadline, patience);
+            if self.wait_for_end(deadline) {
+                return self.exit.get() == Some(ExitReason::Stopped);
+            }
+        }
+        self.exit.set(ExitReason::Stopped);
+        self.wait_for_end(Instant::now() + FORCE_PATIENCE);
+        true
+    }
+
+    /// What fails here ends in force.
+    fn ask_to_end(&self, deadline: Instant, patience: Duration) {
+        let kept = self
+            .agent
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let ask = |agent: &mut Agent| {
+            agent.set_deadline(Some(deadline));
+            agent.shutdown(ShutdownMode::PowerOff, patience / 2)
+        };
+        if kept.is_some_and(|mut agent| ask(&mut agent).is_ok()) {
+            return;
+        }
+        let agent = Agent::connect(&self.paths.vsock_socket(), AGENT_PORT, Some(deadline));
+        let _ = agent.and_then(|mut agent| ask(&mut agent));
+    }
+
+    /// True where the VM has ended.
+    fn wait_for_end(&self, deadline: Instant) -> bool {
+        loop {
+            if self.exit.get().is_some() {
+                return true;
+            }
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return false;
+            }
+            let timeout = Timespec::try_from(rest).ok();
+            let mut fds = [PollFd::from_borrowed_fd(
+                self.exit.event().as_fd(),
+                PollFlags::IN,
+            )];
+            // An interrupted wait is taken up again.
+            let _ = poll(&mut fds, timeout.as_ref());
+        }
+    }
+
+    fn view(&self) -> Result<SandboxView, ErrorBody> {
+        let state = if self.is_stopping() {
+            State::Stopping
+        } else {
+            self.machine()?.state().into()
+        };
+        Ok(SandboxView {
+            record: self.record.clone(),
+            state,
+            uptime_ms: u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX),
+            resident_bytes: resident_bytes(),
+            vsock: self.paths.vsock_socket().to_string_lossy().into_owned(),
+        })
+    }
+}
+
+/// Resident memory of this process; 0 where the host does not tell.
+fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok());
+    pages.map_or(0, |pages: u64| {
+        pages.saturating_mul(rustix::param::page_size() as u64)
+    })
+}
+
+fn sandbox(control: &Control, _: &Request, _: &mut UnixStream) -> Result<Reply, ErrorBody> {
+    json(&control.view()?)
+}
+
+fn refuse_while_stopping(control: &Control) -> Result<(), ErrorBody> {
+    if control.is_stopping() {
+        let message = "the sandbox is being stopped";
+        return Err(ErrorBody::new(ErrorCode::Conflict, message));
+    }
+    Ok(())
+}
+
+fn pause(control: &Control, _: &Request, _: &mut UnixStream) -> Result<Reply, ErrorBody> {
+    refuse_while_stopping(control)?;
+    let paused = control.machine()?.pause();
+    paused.map_err(|error| ErrorBody::new(ErrorCode::Internal, error.to_string()))?;
+    json(&control.view()?)
+}
+
+fn resume(control: &Control, _: &Request, _: &mut UnixStream) -> Result<Reply, ErrorBody> {
+    refuse_while_stopping(control)?;
+    control.machine()?.resume();
+    json(&control.view()?)
+}
+
+fn stop(control: &Control, request: &Request, _: &mut UnixStream) -> Result<Reply, ErrorBody> {
+    let StopRequest { deadline_ms } = body(request)?;
+    // A day is for ever here, and far from where times overflow.
+    let patience = Duration::from_millis(deadline_ms.min(86_400_000));
+    let forced = control.stop(patience);
+    json(&StopView { forced })
+}
+
+fn console(
+    control: &Control,
+    request: &Request,
+    stream: &mut UnixStream,
+) -> Result<Reply, ErrorBody> {
+    let follow = match &*request.query {
+        "" | "follow=false" => false,
+        "follow=true" => true,
+        query => {
+            let message = format!("{query:?} is not known here; give follow=true, or nothing");
+            return Err(ErrorBody::new(ErrorCode::BadRequest, message));
+        }
+    };
+    let unreadable = |error: std::io::Error| {
+        ErrorBody::new(ErrorCode::Internal, format!("the console's file: {error}"))
+    };
+    let mut reader = ConsoleReader::open(&control.paths.console()).map_err(unreadable)?;
+    let mut send = |stream: &mut UnixStream| -> std::io::Result<()> {
+        let mut chunks = Chunks::start(&mut *stream, "text/plain; charset=utf-8")?;
+        let mut buffer = [0; 16 << 10];
+        loop {
+            let over = control.exit.get().is_some();
+            while let count @ 1.. = reader.read(&mut buffer)? {
+                chunks.write(&buffer[..count])?;
+            }
+            if over || !follow || client_is_gone(chunks.stream()) {
+                return chunks.end();
+            }
+            control.wait_for_end(Instant::now() + FOLLOW_PAUSE);
+        }
+    };
+    // It fails where the client is gone.
+    let _ = send(stream);
+    Ok(Reply::Sent)
+}
+
+/// A client that has closed its end reads nothing more. One that has only ended its requests counts as gone as well.
+fn client_is_gone(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
+fn openapi(_: &Control, _: &Request, _: &mut UnixStream) -> Result<Reply, ErrorBody> {
+    Ok(Reply::Json(OPENAPI.as_bytes().to_vec()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_description_has_the_paths_that_there_are() {
+        let description: serde_json::Value = serde_json::from_str(OPENAPI).unwrap();
+        let paths = description["paths"].as_object().unwrap();
+        let described: BTreeSet<_> = paths
+            .iter()
+            .flat_map(|(path, methods)| {
+                let methods = methods.as_object().unwrap().keys();
+                methods.map(move |method| (method.to_uppercase(), path.clone()))
+            })
+            .collect();
+        let routes = ROUTES.map(|(method, path, _)| (method.to_owned(), path.to_owned()));
+        assert_eq!(described, BTreeSet::from(routes));
+    }
+}

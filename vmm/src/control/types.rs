@@ -1,0 +1,139 @@
+//! What the API sends and takes (`openapi.json` has the same in words).
+
+use serde::{Deserialize, Serialize};
+
+use crate::machine::RunState;
+use crate::sandbox::record::Record;
+
+/// A sandbox that lives.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SandboxView {
+    /// What it is.
+    #[serde(flatten)]
+    pub record: Record,
+    /// What it does.
+    pub state: State,
+    /// How long its process has lived, in milliseconds.
+    pub uptime_ms: u64,
+    /// Resident memory of its process, the guest's included, in bytes.
+    pub resident_bytes: u64,
+    /// Path of its vsock socket.
+    pub vsock: String,
+}
+
+/// What a living sandbox does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Its processors run.
+    Running,
+    /// Its processors wait.
+    Paused,
+    /// The guest has been asked to end.
+    Stopping,
+}
+
+impl From<RunState> for State {
+    fn from(state: RunState) -> Self {
+        match state {
+            RunState::Running => Self::Running,
+            RunState::Paused => Self::Paused,
+        }
+    }
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopping => "stopping",
+        })
+    }
+}
+
+/// How to stop.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StopRequest {
+    /// How long the guest may take to end by itself, in milliseconds; zero for not at all.
+    pub deadline_ms: u64,
+}
+
+impl Default for StopRequest {
+    fn default() -> Self {
+        Self {
+            deadline_ms: 10_000,
+        }
+    }
+}
+
+/// How it stopped.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StopView {
+    /// The guest did not end in time.
+    pub forced: bool,
+}
+
+/// An error, as `{"error": …}` and with a 4xx or 5xx status.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ErrorView {
+    /// What went wrong.
+    pub error: ErrorBody,
+}
+
+/// What went wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// For programs.
+    pub code: ErrorCode,
+    /// For people.
+    pub message: String,
+}
+
+/// Kinds of errors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// The request is no HTTP, or too long.
+    BadRequest,
+    /// The body is not what this path takes.
+    BadBody,
+    /// There is no such path.
+    NotFound,
+    /// The path is there, but not with this method.
+    MethodNotAllowed,
+    /// The sandbox is not in a state for that.
+    Conflict,
+    /// Too many requests at once.
+    Busy,
+    /// The guest's agent refused, or cannot be reached.
+    Agent,
+    /// The monitor failed.
+    Internal,
+}
+
+impl ErrorCode {
+    /// The HTTP status that goes with it.
+    pub fn status(self) -> u16 {
+        match self {
+            Self::BadRequest | Self::BadBody => 400,
+            Self::NotFound => 404,
+            Self::MethodNotAllowed => 405,
+            Self::Conflict => 409,
+            Self::Busy => 503,
+            Self::Agent => 502,
+            Self::Internal => 500,
+        }
+    }
+}
+
+impl ErrorBody {
+    /// An error of this kind.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! What is written down about a sandbox: what it is, and how it ended.
+//!
+//! Both are JSON files in the sandbox's directory, replaced as a whole, and readable after the sandbox is gone.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+/// Largest record that is read, in bytes.
+const SIZE_MAX: u64 = 1 << 20;
+
+/// File name of a [`Record`].
+pub const RECORD: &str = "sandbox.json";
+/// File name of an [`ExitRecord`].
+pub const EXIT_RECORD: &str = "exit.json";
+
+/// What a sandbox is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Eight hexadecimal digits, unique on this host.
+    pub id: String,
+    /// What its user calls it; unique among the sandboxes that are listed.
+    pub name: String,
+    /// Process id of its monitor.
+    pub pid: u32,
+    /// When it was made, in seconds since 1970.
+    pub created: u64,
+    /// It was started detached: it is listed after its end, until it is removed.
+    pub kept: bool,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// The kernel's file.
+    pub kernel: String,
+    /// The image's file.
+    pub image: String,
+    /// The user's own labels.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// How a sandbox ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitRecord {
+    /// Exit status of its monitor, as `vmm run` would have it.
+    pub status: u8,
+    /// Why, in a few words.
+    pub reason: String,
+    /// When, in seconds since 1970.
+    pub ended: u64,
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+/// Writes `value` to the file `name` in `dir`, whole or not at all.
+pub fn write<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
+    let aside = dir.join(format!("{name}.new"));
+    let json = serde_json::to_vec_pretty(value)?;
+    fs::write(&aside, json)?;
+    fs::rename(&aside, dir.join(name))
+}
+
+/// Reads the file `name` in `dir`; `None` where there is none.
+pub fn read<T: for<'a> Deserialize<'a>>(dir: &Path, name: &str) -> io::Result<Option<T>> {
+    let file = match File::open(dir.join(name)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file?,
+    };
+    let mut json = Vec::new();
+    file.take(SIZE_MAX).read_to_end(&mut json)?;
+    Ok(Some(serde_json::from_slice(&json)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(read::<ExitRecord>(dir.path(), EXIT_RECORD).unwrap(), None);
+        let record = ExitRecord {
+            status: 3,
+            reason: "tried".to_owned(),
+            ended: now(),
+        };
+        write(dir.path(), EXIT_RECORD, &record).unwrap();
+        assert_eq!(read(dir.path(), EXIT_RECORD).unwrap(), Some(record));
+    }
+
+    #[test]
+    fn a_record_cut_short_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(RECORD), "{\"id\":").unwrap();
+        assert!(read::<Record>(dir.path(), RECORD).is_err());
+    }
+}
