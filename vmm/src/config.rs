@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+use serde::Deserialize;
 use thiserror::Error;
 
 /// Least guest memory, in MiB: below it no Linux gets to its first process.
@@ -44,6 +45,14 @@ pub enum ConfigError {
         /// The drive's file.
         path: PathBuf,
     },
+    /// One file, two disks, and the guest may write to it: two file systems of the guest would destroy each other.
+    #[error(
+        "{path} is given twice, and the guest may write to it: give it once, or read-only both times"
+    )]
+    DriveTwice {
+        /// The drive's file.
+        path: PathBuf,
+    },
 }
 
 /// What the host sets bounds to.
@@ -56,7 +65,8 @@ pub struct Limits {
 }
 
 /// What a drive is to the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DriveInterface {
     /// A disk (virtio-blk), `/dev/vda` for the first.
     Block,
@@ -140,6 +150,20 @@ impl VmConfig {
             let path = drive.path.clone();
             return Err(ConfigError::WritablePmem { path });
         }
+        for (index, drive) in self.drives.iter().enumerate() {
+            let again = |other: &&DriveConfig| {
+                other.path == drive.path && !(other.read_only && drive.read_only)
+            };
+            if self
+                .drives
+                .iter()
+                .skip(index + 1)
+                .any(|other| again(&other))
+            {
+                let path = drive.path.clone();
+                return Err(ConfigError::DriveTwice { path });
+            }
+        }
         Ok(())
     }
 }
@@ -186,6 +210,27 @@ mod tests {
                 read_only,
                 interface,
             });
+            let result = config.validate(LIMITS);
+            assert_eq!(result.is_ok(), good, "{result:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_two_disks_only_if_nobody_writes() {
+        for (first, second, good) in [
+            (true, true, true),
+            (true, false, false),
+            (false, true, false),
+            (false, false, false),
+        ] {
+            let mut config = config(1, 128);
+            for read_only in [first, second] {
+                config.drives.push(DriveConfig {
+                    path: "disk".into(),
+                    read_only,
+                    interface: DriveInterface::Block,
+                });
+            }
             let result = config.validate(LIMITS);
             assert_eq!(result.is_ok(), good, "{result:?}");
         }

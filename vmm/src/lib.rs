@@ -8,8 +8,12 @@ pub mod arch;
 pub mod builder;
 pub mod cli;
 pub mod config;
+<<<<<<< HEAD
 pub mod console_log;
 pub mod control;
+=======
+pub mod config_file;
+>>>>>>> a66a479 (vmm: read a VM's description from a TOML or JSON file)
 pub mod devices;
 pub mod doctor;
 pub mod drive;
@@ -21,6 +25,7 @@ pub mod logger;
 pub mod machine;
 pub mod memory;
 pub mod sandbox;
+pub mod sizes;
 pub mod supervisor;
 pub mod sys;
 pub mod timings;

@@ -6,7 +6,6 @@
 mod boot;
 mod doctor;
 mod run;
-mod sizes;
 mod vm_args;
 
 use std::process::ExitCode;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use super::CliError;
-use super::sizes::{duration, memory_mib};
 use crate::config::DriveInterface;
+use crate::sizes::{duration, memory_mib};
 
 /// A VM.
 #[derive(Debug, Args)]
