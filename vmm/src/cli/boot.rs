@@ -11,7 +11,7 @@ use clap::Args;
 use super::vm_args::{VmArgs, installed_image, installed_kernel};
 use super::{CliError, ending_status};
 use crate::builder;
-use crate::config::{ConsoleConfig, DriveConfig, VmConfig};
+use crate::config::{ConsoleConfig, VmConfig};
 use crate::exit::ExitReason;
 use crate::kvm::install_kick_handler;
 use crate::supervisor::{Ending, Signals, Supervisor, end_by_force};
@@ -19,7 +19,7 @@ use crate::timings::Timings;
 
 /// Boot a kernel without an agent, its console on standard error, and wait until it ends
 ///
-/// A guest that resets or powers itself off ends well, with status 0; so does one that panics and then resets.
+/// Without an image the first drive holds the root file system. A guest that resets or powers itself off ends well, with status 0; so does one that panics and then resets.
 #[derive(Debug, Args)]
 pub struct BootArgs {
     #[command(flatten)]
@@ -29,21 +29,14 @@ pub struct BootArgs {
 /// Carries out `vmm boot`.
 pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::since(start));
-    let mut drives = Vec::new();
-    if let Some(path) = &args.vm.image {
-        let path = installed_image(Some(path))?;
-        drives.push(DriveConfig {
-            path,
-            read_only: true,
-            interface: args.vm.image_interface(),
-        });
-    }
+    let vm = args.vm.resolve()?;
+    let image = vm.image.as_deref().map(|path| installed_image(Some(path)));
     let config = VmConfig {
-        cpus: args.vm.cpus,
-        memory_mib: args.vm.memory,
-        kernel: installed_kernel(args.vm.kernel.as_deref())?,
-        cmdline: args.vm.cmdline.clone(),
-        drives,
+        cpus: vm.cpus,
+        memory_mib: vm.memory,
+        kernel: installed_kernel(vm.kernel.as_deref())?,
+        cmdline: vm.cmdline.clone(),
+        drives: vm.drives(image.transpose()?),
         vsock: None,
         console: ConsoleConfig::Stderr,
     };
@@ -52,10 +45,7 @@ pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
     install_kick_handler().map_err(monitor)?;
     let machine = builder::build(&config, &timings)?;
 
-    let deadline = args
-        .vm
-        .timeout
-        .and_then(|timeout| start.checked_add(timeout));
+    let deadline = vm.timeout.and_then(|timeout| start.checked_add(timeout));
     let ending = Supervisor {
         exit: machine.exit().clone(),
         signals,

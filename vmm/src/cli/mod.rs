@@ -7,6 +7,7 @@ mod boot;
 mod doctor;
 mod run;
 mod vm_args;
+mod vm_spec;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};

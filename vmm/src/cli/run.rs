@@ -13,13 +13,14 @@ use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::vm_args::{VmArgs, installed_image, installed_kernel};
+use super::vm_spec::VmSpec;
 use super::{CliError, ending_status, status};
 use crate::agent::{
     AGENT_PORT, Agent, AgentError, EnvVar, ExecRequest, ExitStatus, Language, RunCodeRequest,
     Stdin, Stdio,
 };
 use crate::builder;
-use crate::config::{ConsoleConfig, DriveConfig, GUEST_CID, VmConfig, VsockConfig};
+use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
 use crate::host;
 use crate::kvm::install_kick_handler;
 use crate::logger::complain;
@@ -86,8 +87,9 @@ enum Work {
 }
 
 impl RunArgs {
-    fn work(&self) -> Result<Work, CliError> {
-        let cwd = self.cwd.clone().unwrap_or_default().into_vec();
+    fn work(&self, vm: &VmSpec) -> Result<Work, CliError> {
+        let cwd = self.cwd.clone().or(vm.cwd.clone().map(OsString::from));
+        let cwd = cwd.unwrap_or_default().into_vec();
         let bytes = |words: &[OsString]| -> Vec<Vec<u8>> {
             words.iter().map(|word| word.as_bytes().to_vec()).collect()
         };
@@ -99,7 +101,7 @@ impl RunArgs {
             let argv = bytes(&self.command);
             return Ok(Work::Exec(ExecRequest {
                 argv,
-                env: self.env.clone(),
+                env: vm.env_with(&self.env),
                 cwd,
                 ..Default::default()
             }));
@@ -118,7 +120,7 @@ impl RunArgs {
             language: language.into(),
             source: code,
             args: bytes(args),
-            env: self.env.clone(),
+            env: vm.env_with(&self.env),
             cwd,
             filename,
             ..Default::default()
@@ -197,9 +199,10 @@ fn read_source(reader: impl Read, name: &str) -> Result<Vec<u8>, CliError> {
 /// Carries out `vmm run`.
 pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::since(start));
-    let kernel = installed_kernel(args.vm.kernel.as_deref())?;
-    let image = installed_image(args.vm.image.as_deref())?;
-    let work = args.work()?;
+    let vm = args.vm.resolve()?;
+    let kernel = installed_kernel(vm.kernel.as_deref())?;
+    let image = installed_image(vm.image.as_deref())?;
+    let work = args.work(&vm)?;
     let monitor = |error: io::Error| CliError::Monitor(error.to_string());
     let signals = Arc::new(Signals::catch().map_err(monitor)?);
     install_kick_handler().map_err(monitor)?;
@@ -210,15 +213,11 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         SandboxDir::create(None).map_err(|error| CliError::BadInput(error.to_string()))?;
     let ready = UnixListener::bind(sandbox.paths().vsock_listener(AGENT_PORT)).map_err(monitor)?;
     let config = VmConfig {
-        cpus: args.vm.cpus,
-        memory_mib: args.vm.memory,
+        cpus: vm.cpus,
+        memory_mib: vm.memory,
         kernel,
-        cmdline: args.vm.cmdline.clone(),
-        drives: vec![DriveConfig {
-            path: image,
-            read_only: true,
-            interface: args.vm.image_interface(),
-        }],
+        cmdline: vm.cmdline.clone(),
+        drives: vm.drives(Some(image)),
         vsock: Some(VsockConfig {
             cid: GUEST_CID,
             socket: sandbox.paths().vsock_socket(),
@@ -233,10 +232,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
     let supervisor = Supervisor {
         exit: machine.exit().clone(),
         signals,
-        deadline: args
-            .vm
-            .timeout
-            .and_then(|timeout| start.checked_add(timeout)),
+        deadline: vm.timeout.and_then(|timeout| start.checked_add(timeout)),
         leftover: Some(sandbox.path().to_owned()),
         status: ending_status,
     };

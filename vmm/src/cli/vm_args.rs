@@ -1,35 +1,43 @@
 //! The arguments that describe a VM, shared by the subcommands that make one.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
 use super::CliError;
-use crate::config::DriveInterface;
 use crate::sizes::{duration, memory_mib};
 
-/// A VM.
+/// A VM. What is not given here can be in the file of `--config`; [`VmArgs::resolve`] puts the two together.
 #[derive(Debug, Args)]
 pub struct VmArgs {
-    /// Virtual CPUs, 1 to 32
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    pub cpus: u32,
-    /// Guest memory in MiB, or with a unit: 512, 2G
-    #[arg(long, default_value = "128", value_name = "SIZE", value_parser = memory_mib)]
-    pub memory: u64,
+    /// Describe the VM in a TOML or JSON file; flags count more than what it says
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Virtual CPUs, 1 to 32 [default: 1]
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u32>,
+    /// Guest memory in MiB, or with a unit: 512, 2G [default: 128]
+    #[arg(long, value_name = "SIZE", value_parser = memory_mib)]
+    pub memory: Option<u64>,
     /// Kernel: an uncompressed vmlinux, or a bzImage [default: the one that tools/build-kernel made]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
     /// Words to add to the kernel's command line
-    #[arg(long, default_value = "", value_name = "WORDS")]
-    pub cmdline: String,
+    #[arg(long, value_name = "WORDS")]
+    pub cmdline: Option<String>,
     /// Image with the root file system, which the guest may only read [default of run: the one that tools/build-image made; of boot: none]
     #[arg(long, value_name = "FILE")]
     pub image: Option<PathBuf>,
     /// What the image is to the guest: memory that needs no copies, or a disk, which more kernels can mount [default: pmem, or block where --kernel names a kernel]
     #[arg(long, value_enum, value_name = "DEVICE")]
     pub image_as: Option<ImageAs>,
+    /// Give the guest another disk: a file or block device, for the guest alone, or shared and read-only with ,ro. /dev/vda and so on, after the image if that is a disk
+    #[arg(long, value_name = "FILE[,ro]", value_parser = OsStringValueParser::new().try_map(drive))]
+    pub drive: Vec<DriveArg>,
     /// Stop after this time, boot included: seconds, or with ms, s, m, h
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub timeout: Option<Duration>,
@@ -38,25 +46,34 @@ pub struct VmArgs {
     pub timings: bool,
 }
 
-/// See [`DriveInterface`].
+/// A disk besides the image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DriveArg {
+    /// The file that backs it.
+    pub path: PathBuf,
+    /// The guest may not write to it.
+    pub read_only: bool,
+}
+
+fn drive(text: OsString) -> Result<DriveArg, &'static str> {
+    let (path, read_only) = match text.as_bytes().strip_suffix(b",ro") {
+        Some(path) => (OsString::from_vec(path.to_vec()), true),
+        None => (text, false),
+    };
+    if path.is_empty() {
+        return Err("give FILE, or FILE,ro");
+    }
+    let path = path.into();
+    Ok(DriveArg { path, read_only })
+}
+
+/// See [`DriveInterface`](crate::config::DriveInterface).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ImageAs {
     /// virtio-pmem, with DAX if the image is EROFS
     Pmem,
     /// virtio-blk
     Block,
-}
-
-impl VmArgs {
-    /// What the image is to the guest. A kernel that somebody else built may have no driver for persistent memory.
-    pub fn image_interface(&self) -> DriveInterface {
-        match self.image_as {
-            Some(ImageAs::Pmem) => DriveInterface::Pmem,
-            Some(ImageAs::Block) => DriveInterface::Block,
-            None if self.kernel.is_some() => DriveInterface::Block,
-            None => DriveInterface::Pmem,
-        }
-    }
 }
 
 /// The kernel that was named, or the installed one.
