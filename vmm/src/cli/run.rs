@@ -17,10 +17,11 @@ use super::vm_spec::VmSpec;
 use super::{CliError, ending_status, status};
 use crate::agent::{
     AGENT_PORT, Agent, AgentError, EnvVar, ExecRequest, ExitStatus, Language, RunCodeRequest,
-    Stdin, Stdio,
+    ShutdownMode, Stdin, Stdio,
 };
 use crate::builder;
 use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
+use crate::exit::ExitReason;
 use crate::host;
 use crate::kvm::install_kick_handler;
 use crate::logger::complain;
@@ -33,6 +34,8 @@ use crate::timings::Timings;
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 /// How long a guest that has closed the agent's connection may take to end.
 const RESET_GRACE: Duration = Duration::from_secs(5);
+/// How long a guest may take, after its program has ended, to write out the disks that it may write to.
+const WRITE_OUT_TIME: Duration = Duration::from_secs(60);
 /// Longest source that is taken from standard input or a file, in bytes: what fits in a frame of the agent's.
 const SOURCE_MAX: u64 = 1_000_000;
 
@@ -236,7 +239,8 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         leftover: Some(sandbox.path().to_owned()),
         status: ending_status,
     };
-    let result = work_in(&machine, supervisor, ready, work, &timings, start);
+    let writable = config.drives.iter().any(|drive| !drive.read_only);
+    let result = work_in(&machine, supervisor, ready, work, writable, &timings, start);
     timings.mark("program ended");
     let status = result
         .as_ref()
@@ -251,12 +255,13 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
     result
 }
 
-/// Waits for the agent and has it do the work.
+/// Waits for the agent and has it do the work. A guest with a `writable` disk is then ended in order.
 fn work_in(
     machine: &Machine,
     supervisor: Supervisor,
     ready: UnixListener,
     work: Work,
+    writable: bool,
     timings: &Timings,
     start: Instant,
 ) -> Result<u8, CliError> {
@@ -290,11 +295,18 @@ fn work_in(
     let result = Agent::from_stream(stream, Some(boot_deadline)).and_then(|mut agent| {
         timings.mark("agent ready");
         agent.set_deadline(None);
-        perform(&mut agent, work)
+        let ended = perform(&mut agent, work)?;
+        Ok((ended, agent))
     });
     let error = match result {
         // Done is done, even where the time was over just then.
-        Ok(ended) => return Ok(ended.shell_status()),
+        Ok((ended, agent)) => {
+            if writable && watch.end().is_none() {
+                write_out(agent, supervisor);
+                timings.mark("drives written out");
+            }
+            return Ok(ended.shell_status());
+        }
         Err(error) => error,
     };
     if let Some(ending) = watch.end() {
@@ -326,6 +338,32 @@ fn work_in(
         }
         None => Err(CliError::Monitor(error.to_string())),
     }
+}
+
+/// Ends the guest in order, so that it writes out what its kernel still holds back of its disks.
+fn write_out(mut agent: Agent, supervisor: Supervisor) {
+    let deadline = Some(Instant::now() + WRITE_OUT_TIME);
+    agent.set_deadline(deadline);
+    let asked = agent.shutdown(ShutdownMode::PowerOff, Duration::ZERO);
+    let why = match asked {
+        // A guest that resets itself lets go of its connections first.
+        Ok(()) | Err(AgentError::Disconnected | AgentError::Socket(_)) => {
+            let supervisor = Supervisor {
+                deadline,
+                ..supervisor
+            };
+            match supervisor.wait_for_end() {
+                Ending::Vm(ExitReason::Reset) => return,
+                Ending::Vm(reason) => reason.to_string(),
+                Ending::Signal(signal) => format!("signal {signal} came first"),
+                Ending::TimedOut => format!("it took longer than {WRITE_OUT_TIME:?}"),
+            }
+        }
+        Err(error) => error.to_string(),
+    };
+    complain(format_args!(
+        "warning: the guest may not have written out all of its drives: {why}; check the file systems on them"
+    ));
 }
 
 fn perform(agent: &mut Agent, work: Work) -> Result<ExitStatus, AgentError> {
