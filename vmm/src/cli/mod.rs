@@ -4,11 +4,15 @@
 //! where the VM or the monitor failed.
 
 mod boot;
+mod completions;
 mod doctor;
+mod man;
 mod run;
+mod usage;
 mod vm_args;
 mod vm_spec;
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -56,6 +60,8 @@ enum Command {
     Run(run::RunArgs),
     Boot(boot::BootArgs),
     Doctor(doctor::DoctorArgs),
+    Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
 }
 
 /// A failure that ends the process: a message of one line or more, and a status.
@@ -174,6 +180,17 @@ fn console_tail(console: &str) -> String {
     )
 }
 
+/// Prints `bytes` on standard output: the last thing that a command does.
+fn print(bytes: &[u8]) -> Result<u8, CliError> {
+    match std::io::stdout().write_all(bytes) {
+        Ok(()) => Ok(0),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(status::BROKEN_PIPE),
+        Err(error) => Err(CliError::Monitor(format!(
+            "cannot write standard output: {error}"
+        ))),
+    }
+}
+
 /// Parses the arguments and carries them out. `start` is when the process began.
 pub fn main(start: Instant) -> ExitCode {
     crate::logger::install();
@@ -187,6 +204,10 @@ pub fn main(start: Instant) -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
+            if let Some(line) = usage::one_line(&error) {
+                complain(line);
+                return ExitCode::from(status::BAD_INPUT);
+            }
             // Nothing is left to do if even this cannot be printed.
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() {
@@ -200,6 +221,8 @@ pub fn main(start: Instant) -> ExitCode {
         Command::Run(args) => run::run(&args, start),
         Command::Boot(args) => boot::boot(&args, start),
         Command::Doctor(args) => doctor::doctor(&args),
+        Command::Completions(args) => completions::completions(&args),
+        Command::Man(args) => man::man(&args),
     };
     match result {
         Ok(status) => ExitCode::from(status),
