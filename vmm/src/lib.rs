@@ -8,12 +8,9 @@ pub mod arch;
 pub mod builder;
 pub mod cli;
 pub mod config;
-<<<<<<< HEAD
+pub mod config_file;
 pub mod console_log;
 pub mod control;
-=======
-pub mod config_file;
->>>>>>> a66a479 (vmm: read a VM's description from a TOML or JSON file)
 pub mod devices;
 pub mod doctor;
 pub mod drive;

@@ -6,8 +6,16 @@
 mod boot;
 mod completions;
 mod doctor;
+mod exec;
+mod inspect;
+mod lifecycle;
+mod logs;
+mod ls;
 mod man;
+mod program;
+mod ready;
 mod run;
+mod start;
 mod usage;
 mod vm_args;
 mod vm_spec;
@@ -58,6 +66,15 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(run::RunArgs),
+    Start(start::StartArgs),
+    Exec(exec::ExecArgs),
+    Logs(logs::LogsArgs),
+    Ls(ls::LsArgs),
+    Inspect(inspect::InspectArgs),
+    Pause(lifecycle::PauseArgs),
+    Resume(lifecycle::ResumeArgs),
+    Stop(lifecycle::StopArgs),
+    Rm(lifecycle::RmArgs),
     Boot(boot::BootArgs),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
@@ -129,6 +146,18 @@ impl CliError {
             Self::Monitor(_) => status::MONITOR,
         }
     }
+}
+
+/// Prints a value as JSON for programs and people.
+fn print_json(value: &impl serde::Serialize) -> Result<u8, CliError> {
+    let json = serde_json::to_string_pretty(value);
+    let json = json.map_err(|error| CliError::Monitor(error.to_string()))? + "\n";
+    print(json.as_bytes())
+}
+
+/// No sandbox of that name is bad input.
+fn find_failed(error: crate::sandbox::list::FindError) -> CliError {
+    CliError::BadInput(error.to_string())
 }
 
 fn reason_status(reason: &ExitReason) -> u8 {
@@ -219,6 +248,15 @@ pub fn main(start: Instant) -> ExitCode {
     };
     let result = match cli.command {
         Command::Run(args) => run::run(&args, start),
+        Command::Start(args) => start::start(&args, start),
+        Command::Exec(args) => exec::exec(&args),
+        Command::Logs(args) => logs::logs(&args),
+        Command::Ls(args) => ls::ls(&args),
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::Pause(args) => lifecycle::pause(&args),
+        Command::Resume(args) => lifecycle::resume(&args),
+        Command::Stop(args) => lifecycle::stop(&args),
+        Command::Rm(args) => lifecycle::rm(&args),
         Command::Boot(args) => boot::boot(&args, start),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Completions(args) => completions::completions(&args),

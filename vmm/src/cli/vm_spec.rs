@@ -58,11 +58,6 @@ impl VmSpec {
         });
         image.into_iter().chain(others).collect()
     }
-
-    /// The environment of a program that is given `more` variables: the last of a name counts.
-    pub fn env_with(&self, more: &[EnvVar]) -> Vec<EnvVar> {
-        self.env.iter().chain(more).cloned().collect()
-    }
 }
 
 impl VmArgs {
@@ -240,19 +235,5 @@ mod tests {
                 .iter()
                 .all(|drive| drive.interface == DriveInterface::Block)
         );
-    }
-
-    #[test]
-    fn variables_of_the_program_come_last() {
-        let more = [EnvVar {
-            name: "A".into(),
-            value: b"flag".to_vec(),
-        }];
-        let env = over(&[], FILE).env_with(&more);
-        let shown: Vec<_> = env
-            .iter()
-            .map(|var| (var.name.as_str(), &*var.value))
-            .collect();
-        assert_eq!(shown, [("A", &b"file"[..]), ("B", b"file"), ("A", b"flag")]);
     }
 }

@@ -44,9 +44,6 @@ const TRIES: u32 = 100;
 /// Longest name, in bytes.
 const NAME_MAX: usize = 63;
 
-/// A file of the parent directory that is locked while names are looked at and taken.
-const NAMES_LOCK: &str = ".names";
-
 /// Why a sandbox has no place.
 #[derive(Debug, Error)]
 pub enum SandboxError {
@@ -189,10 +186,10 @@ impl SandboxDir {
                 source,
             }
         };
-        let names_path = parent.join(NAMES_LOCK);
-        let names = File::create(&names_path).map_err(io("make", &names_path))?;
+        // Held while names are looked at and taken.
+        let names = File::open(&parent).map_err(io("open", &parent))?;
         flock(&names, FlockOperation::LockExclusive)
-            .map_err(|errno| io("lock", &names_path)(errno.into()))?;
+            .map_err(|errno| io("lock", &parent)(errno.into()))?;
         let others = list::all_in(&parent).unwrap_or_default();
         for other in others.iter().filter(|other| other.record.name == self.name) {
             if other.alive {
@@ -203,9 +200,7 @@ impl SandboxDir {
             }
             remove(other)?;
         }
-        record::write(self.path(), RECORD, record).map_err(io("write", self.path()))?;
-        self.kept = record.kept;
-        Ok(())
+        record::write(self.path(), RECORD, record).map_err(io("write", self.path()))
     }
 
     /// Eight hexadecimal digits.
@@ -223,15 +218,19 @@ impl SandboxDir {
         &self.paths
     }
 
-    /// Writes down how the sandbox ended, takes its sockets away, and keeps the rest.
-    pub fn end(mut self, exit: &ExitRecord) -> io::Result<()> {
-        record::write(self.path(), EXIT_RECORD, exit)?;
+    /// Writes down how the sandbox ended. From now on the directory is kept.
+    pub fn end(&mut self, exit: &ExitRecord) -> io::Result<()> {
+        self.kept = true;
+        record::write(self.path(), EXIT_RECORD, exit)
+    }
+
+    /// Takes the sockets away, which nobody serves any more.
+    pub fn remove_sockets(&self) -> io::Result<()> {
         for entry in fs::read_dir(self.path())?.flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_socket()) {
                 fs::remove_file(entry.path())?;
             }
         }
-        self.kept = true;
         Ok(())
     }
 

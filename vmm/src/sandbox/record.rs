@@ -42,6 +42,12 @@ pub struct Record {
     /// The user's own labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// What every program's environment has.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// The directory that programs start in; absent for the agent's choice.
+    #[serde(default)]
+    pub cwd: Option<String>,
 }
 
 /// How a sandbox ended.

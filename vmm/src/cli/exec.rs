@@ -1,0 +1,83 @@
+//! `vmm exec`: runs a program or code in a sandbox that was started.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+
+use super::program::{ProgramArgs, perform};
+use super::{CliError, find_failed, status};
+use crate::agent::{AGENT_PORT, Agent, AgentError, EnvVar};
+use crate::control::client::ask;
+use crate::control::types::{SandboxView, State};
+use crate::logger::complain;
+use crate::sandbox::list::{Sandbox, find};
+
+/// How long the guest's agent may take to answer.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long the monitor may take to say what state it is in.
+const STATE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Run a program or code in a sandbox, and end with its exit status
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// Name of the sandbox, or beginning of its id
+    #[arg(value_name = "NAME")]
+    name: String,
+    #[command(flatten)]
+    program: ProgramArgs,
+}
+
+/// Carries out `vmm exec`.
+pub fn exec(args: &ExecArgs) -> Result<u8, CliError> {
+    let sandbox = find(&args.name).map_err(find_failed)?;
+    let record = &sandbox.record;
+    if !sandbox.alive {
+        let name = &record.name;
+        let message = format!("{name} is not running: start it again with `vmm start {name}`");
+        return Err(CliError::BadInput(message));
+    }
+    refuse_paused(&sandbox)?;
+    let env: Vec<_> = record
+        .env
+        .iter()
+        .map(|(name, value)| EnvVar {
+            name: name.clone(),
+            value: value.clone().into_bytes(),
+        })
+        .collect();
+    let work = args.program.work(&env, record.cwd.as_deref())?;
+    let deadline = Some(Instant::now() + CONNECT_PATIENCE);
+    let connected = Agent::connect(&sandbox.paths.vsock_socket(), AGENT_PORT, deadline);
+    let failed = |error| CliError::Monitor(format!("{}: {error}", record.name));
+    let mut agent = connected.map_err(failed)?;
+    agent.set_deadline(None);
+    match perform(&mut agent, work) {
+        Ok(ended) => Ok(ended.shell_status()),
+        Err(AgentError::Output { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => {
+            Ok(status::BROKEN_PIPE)
+        }
+        Err(error) => match error.shell_status() {
+            Some(status) => {
+                complain(&error);
+                Ok(status)
+            }
+            None => Err(CliError::Monitor(format!("{}: {error}", record.name))),
+        },
+    }
+}
+
+/// A paused guest would answer nobody. One that does not tell is tried.
+fn refuse_paused(sandbox: &Sandbox) -> Result<(), CliError> {
+    let socket = sandbox.paths.api_socket();
+    let view = ask::<SandboxView>(&socket, "GET", "/v1/sandbox", &(), STATE_PATIENCE);
+    match view {
+        Ok(view) if view.state == State::Paused => {
+            let name = &sandbox.record.name;
+            let message = format!("{name} is paused: `vmm resume {name}` first");
+            Err(CliError::BadInput(message))
+        }
+        _ => Ok(()),
+    }
+}

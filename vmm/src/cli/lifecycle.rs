@@ -1,0 +1,216 @@
+//! `vmm pause`, `resume`, `stop` and `rm`: each does the same to every sandbox that is named.
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use super::{CliError, find_failed};
+use crate::control::client::{ClientError, ask};
+use crate::control::types::{StopRequest, StopView};
+use crate::logger::complain;
+use crate::sandbox::list::{Sandbox, find};
+use crate::sandbox::remove;
+use crate::sizes::duration;
+
+/// How long a sandbox may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a process may take to be gone.
+const GONE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Sandboxes.
+#[derive(Debug, Args)]
+pub struct Names {
+    /// Names, or beginnings of ids
+    #[arg(required = true, value_name = "NAME")]
+    names: Vec<String>,
+}
+
+/// Take the processors of sandboxes out of their guests; they keep their memory, and wait
+#[derive(Debug, Args)]
+pub struct PauseArgs {
+    #[command(flatten)]
+    names: Names,
+}
+
+/// Let sandboxes run on that were paused
+#[derive(Debug, Args)]
+pub struct ResumeArgs {
+    #[command(flatten)]
+    names: Names,
+}
+
+/// End sandboxes: their guests are asked to, and forced after a while
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    #[command(flatten)]
+    names: Names,
+    /// How long a guest may take to end by itself
+    #[arg(short, long, default_value = "10s", value_name = "TIME", value_parser = duration)]
+    time: Duration,
+    /// Do not ask
+    #[arg(short, long, conflicts_with = "time")]
+    force: bool,
+    /// Remove what is left, as `vmm rm` does
+    #[arg(long)]
+    rm: bool,
+}
+
+/// Remove what sandboxes that have ended have left
+#[derive(Debug, Args)]
+pub struct RmArgs {
+    #[command(flatten)]
+    names: Names,
+    /// Stop those that are running, by force
+    #[arg(short, long)]
+    force: bool,
+}
+
+impl Names {
+    /// Does `act` to each. One failure does not stop the others; the last is the command's.
+    fn each(&self, act: impl Fn(&Sandbox) -> Result<(), CliError>) -> Result<u8, CliError> {
+        let mut failure = None;
+        for name in &self.names {
+            let result = find(name)
+                .map_err(find_failed)
+                .and_then(|found| act(&found));
+            if let Err(error) = result
+                && let Some(earlier) = failure.replace(error)
+            {
+                complain(&earlier);
+            }
+        }
+        failure.map_or(Ok(0), Err)
+    }
+}
+
+/// Refuses what has no API.
+fn living(sandbox: &Sandbox) -> Result<(), CliError> {
+    let name = &sandbox.record.name;
+    if !sandbox.alive {
+        return Err(CliError::BadInput(format!(
+            "{name} is not running: start it again with `vmm start {name}`, or remove it with `vmm rm {name}`"
+        )));
+    }
+    if !sandbox.record.kept {
+        return Err(CliError::BadInput(format!(
+            "{name} belongs to a `vmm run` (process {}), which ends it",
+            sandbox.record.pid
+        )));
+    }
+    Ok(())
+}
+
+fn post(sandbox: &Sandbox, path: &str) -> Result<(), CliError> {
+    living(sandbox)?;
+    let answer = ask::<Value>(&sandbox.paths.api_socket(), "POST", path, &(), PATIENCE);
+    answer.map(drop).map_err(|error| failed(sandbox, &error))
+}
+
+fn failed(sandbox: &Sandbox, error: &ClientError) -> CliError {
+    CliError::Monitor(format!("{}: {error}", sandbox.record.name))
+}
+
+/// Carries out `vmm pause`.
+pub fn pause(args: &PauseArgs) -> Result<u8, CliError> {
+    args.names.each(|sandbox| post(sandbox, "/v1/pause"))
+}
+
+/// Carries out `vmm resume`.
+pub fn resume(args: &ResumeArgs) -> Result<u8, CliError> {
+    args.names.each(|sandbox| post(sandbox, "/v1/resume"))
+}
+
+/// Carries out `vmm stop`.
+pub fn stop(args: &StopArgs) -> Result<u8, CliError> {
+    let time = if args.force {
+        Duration::ZERO
+    } else {
+        args.time
+    };
+    args.names.each(|sandbox| {
+        if sandbox.alive || !args.rm {
+            living(sandbox)?;
+            end(sandbox, time)?;
+        }
+        if args.rm {
+            remove_one(sandbox)?;
+        }
+        Ok(())
+    })
+}
+
+/// Carries out `vmm rm`.
+pub fn rm(args: &RmArgs) -> Result<u8, CliError> {
+    args.names.each(|sandbox| {
+        if sandbox.alive && !args.force {
+            let name = &sandbox.record.name;
+            return Err(CliError::BadInput(format!(
+                "{name} is running: `vmm stop {name}` first, or use --force"
+            )));
+        }
+        if sandbox.alive {
+            living(sandbox)?;
+            end(sandbox, Duration::ZERO)?;
+        }
+        remove_one(sandbox)
+    })
+}
+
+fn remove_one(sandbox: &Sandbox) -> Result<(), CliError> {
+    remove(sandbox).map_err(|error| CliError::Monitor(error.to_string()))
+}
+
+/// Ends a sandbox, and comes back when its process is gone. One that does not answer is killed where force was asked for.
+fn end(sandbox: &Sandbox, time: Duration) -> Result<(), CliError> {
+    let deadline_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let request = StopRequest { deadline_ms };
+    let patience = time.saturating_add(PATIENCE);
+    let socket = sandbox.paths.api_socket();
+    match ask::<StopView>(&socket, "POST", "/v1/stop", &request, patience) {
+        Ok(StopView { forced }) if forced && !time.is_zero() => complain(format_args!(
+            "warning: {} did not end by itself within {time:?}, and was forced to",
+            sandbox.record.name
+        )),
+        Ok(_) => {}
+        Err(_) if time.is_zero() => kill(sandbox)?,
+        // It may have ended meanwhile.
+        Err(error) => {
+            return match find(&sandbox.record.id) {
+                Ok(now) if now.alive => Err(failed(sandbox, &error)),
+                _ => Ok(()),
+            };
+        }
+    }
+    wait_until_gone(sandbox)
+}
+
+fn kill(sandbox: &Sandbox) -> Result<(), CliError> {
+    // The lock is held, so the process that wrote its number lives: the number is nobody else's.
+    let pid = i32::try_from(sandbox.record.pid)
+        .ok()
+        .and_then(Pid::from_raw);
+    let killed = pid.map(|pid| kill_process(pid, Signal::KILL));
+    match killed {
+        Some(Ok(()) | Err(rustix::io::Errno::SRCH)) => Ok(()),
+        _ => Err(CliError::Monitor(format!(
+            "cannot kill process {} of {}",
+            sandbox.record.pid, sandbox.record.name
+        ))),
+    }
+}
+
+fn wait_until_gone(sandbox: &Sandbox) -> Result<(), CliError> {
+    let deadline = Instant::now() + GONE_PATIENCE;
+    while Instant::now() < deadline {
+        match find(&sandbox.record.id) {
+            Ok(now) if now.alive => std::thread::sleep(Duration::from_millis(5)),
+            _ => return Ok(()),
+        }
+    }
+    Err(CliError::Monitor(format!(
+        "process {} of {} is still there; look at it, or kill -9 it",
+        sandbox.record.pid, sandbox.record.name
+    )))
+}

@@ -1,0 +1,242 @@
+//! A program or a piece of code that is to be run in a guest: from the command line to its exit status.
+
+use std::ffi::OsString;
+use std::io::{self, IsTerminal, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+use clap::{Args, ValueEnum};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::CliError;
+use crate::agent::{
+    Agent, AgentError, EnvVar, ExecRequest, ExitStatus, Language, RunCodeRequest, Stdin, Stdio,
+};
+
+/// Longest source that is taken from standard input or a file, in bytes: what fits in a frame of the agent's.
+const SOURCE_MAX: u64 = 1_000_000;
+
+/// What to run.
+#[derive(Debug, Args)]
+pub struct ProgramArgs {
+    /// Run code in this language: from -c, else from the file that is named first, else (or for -) from standard input
+    #[arg(long, value_enum)]
+    lang: Option<Lang>,
+    /// The code to run, with --lang
+    #[arg(short, long, value_name = "CODE", requires = "lang")]
+    code: Option<String>,
+    /// Set a variable of the program's environment
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = env_var)]
+    env: Vec<EnvVar>,
+    /// Directory of the guest to run in
+    #[arg(long, value_name = "DIR")]
+    cwd: Option<OsString>,
+    /// The program and its arguments; with --lang, a file of code and its arguments
+    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Lang {
+    Python,
+    Shell,
+}
+
+fn env_var(text: &str) -> Result<EnvVar, String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok(EnvVar {
+            name: name.to_owned(),
+            value: value.as_bytes().to_vec(),
+        }),
+        _ => Err("give NAME=VALUE".to_owned()),
+    }
+}
+
+/// What is to be run.
+pub enum Work {
+    /// A program.
+    Exec(ExecRequest),
+    /// Source code.
+    Code {
+        /// The code.
+        request: RunCodeRequest,
+        /// It came from standard input, where nothing is left for the program.
+        stdin_is_source: bool,
+    },
+}
+
+impl ProgramArgs {
+    /// What the arguments ask for, in a sandbox whose programs get `env`, and start in `cwd`, unless told otherwise.
+    pub fn work(&self, env: &[EnvVar], cwd: Option<&str>) -> Result<Work, CliError> {
+        // The last of a name counts.
+        let env: Vec<_> = env.iter().chain(&self.env).cloned().collect();
+        let cwd = self.cwd.clone().or(cwd.map(OsString::from));
+        let cwd = cwd.unwrap_or_default().into_vec();
+        let bytes = |words: &[OsString]| -> Vec<Vec<u8>> {
+            words.iter().map(|word| word.as_bytes().to_vec()).collect()
+        };
+        let Some(lang) = self.lang else {
+            if self.command.is_empty() {
+                let message = "nothing to run: give a command after --, or code with --lang";
+                return Err(CliError::BadInput(message.to_owned()));
+            }
+            let argv = bytes(&self.command);
+            return Ok(Work::Exec(ExecRequest {
+                argv,
+                env,
+                cwd,
+                ..Default::default()
+            }));
+        };
+        let Source {
+            code,
+            filename,
+            args,
+            stdin_is_source,
+        } = self.source()?;
+        let language = match lang {
+            Lang::Python => Language::Python,
+            Lang::Shell => Language::Shell,
+        };
+        let request = RunCodeRequest {
+            language: language.into(),
+            source: code,
+            args: bytes(args),
+            env,
+            cwd,
+            filename,
+            ..Default::default()
+        };
+        Ok(Work::Code {
+            request,
+            stdin_is_source,
+        })
+    }
+
+    fn source(&self) -> Result<Source<'_>, CliError> {
+        if let Some(code) = &self.code {
+            let (code, args) = (code.as_bytes().to_vec(), self.command.as_slice());
+            return Ok(Source {
+                code,
+                filename: String::new(),
+                args,
+                stdin_is_source: false,
+            });
+        }
+        let (name, args) = match self.command.split_first() {
+            Some((name, args)) => (name.as_os_str(), args),
+            None => ("-".as_ref(), &[][..]),
+        };
+        if name == "-" {
+            if self.command.is_empty() && io::stdin().is_terminal() {
+                let message =
+                    "no code: give it with -c, as a file, or on standard input (- for a terminal)";
+                return Err(CliError::BadInput(message.to_owned()));
+            }
+            let code = read_source(io::stdin().lock(), "standard input")?;
+            return Ok(Source {
+                code,
+                filename: "stdin".to_owned(),
+                args,
+                stdin_is_source: true,
+            });
+        }
+        let shown = name.to_string_lossy();
+        let file = std::fs::File::open(name).map_err(|error| {
+            CliError::BadInput(format!("cannot read the code in {shown}: {error}"))
+        })?;
+        let code = read_source(file, &shown)?;
+        let filename = std::path::Path::new(name).file_name().unwrap_or(name);
+        let filename = filename.to_string_lossy().into_owned();
+        Ok(Source {
+            code,
+            filename,
+            args,
+            stdin_is_source: false,
+        })
+    }
+}
+
+struct Source<'a> {
+    code: Vec<u8>,
+    filename: String,
+    args: &'a [OsString],
+    stdin_is_source: bool,
+}
+
+fn read_source(reader: impl Read, name: &str) -> Result<Vec<u8>, CliError> {
+    let mut code = Vec::new();
+    reader
+        .take(SOURCE_MAX + 1)
+        .read_to_end(&mut code)
+        .map_err(|error| CliError::BadInput(format!("cannot read the code in {name}: {error}")))?;
+    if code.len() as u64 > SOURCE_MAX {
+        let message =
+            format!("the code in {name} is longer than {SOURCE_MAX} bytes: put it into the image");
+        return Err(CliError::BadInput(message));
+    }
+    Ok(code)
+}
+
+/// Runs it with the process's own standard streams.
+pub fn perform(agent: &mut Agent, work: Work) -> Result<ExitStatus, AgentError> {
+    let stdin = io::stdin();
+    // Not locked: other threads print warnings and the console meanwhile.
+    let (mut stdout, mut stderr) = (Patient(io::stdout()), Patient(io::stderr()));
+    let (stdout, stderr): (&mut dyn Write, &mut dyn Write) = (&mut stdout, &mut stderr);
+    let stdin = Stdin::Fd(stdin.as_fd());
+    match work {
+        Work::Exec(request) => agent.exec(
+            request,
+            Stdio {
+                stdin,
+                stdout,
+                stderr,
+            },
+        ),
+        Work::Code {
+            request,
+            stdin_is_source,
+        } => {
+            let stdin = if stdin_is_source { Stdin::Null } else { stdin };
+            agent.run_code(
+                request,
+                Stdio {
+                    stdin,
+                    stdout,
+                    stderr,
+                },
+            )
+        }
+    }
+}
+
+/// A stream whose descriptor may be non-blocking, as a shared terminal's can be: it is waited for.
+struct Patient<W>(W);
+
+impl<W: Write + AsFd> Patient<W> {
+    fn persist<T>(&mut self, mut attempt: impl FnMut(&mut W) -> io::Result<T>) -> io::Result<T> {
+        loop {
+            match attempt(&mut self.0) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
+                    match poll(&mut fds, None) {
+                        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                        Err(errno) => return Err(errno.into()),
+                    }
+                }
+                result => return result,
+            }
+        }
+    }
+}
+
+impl<W: Write + AsFd> Write for Patient<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.persist(|inner| inner.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.persist(Write::flush)
+    }
+}

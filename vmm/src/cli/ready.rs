@@ -1,0 +1,97 @@
+//! Waiting for a guest to be ready: its agent calls, or something cuts that short.
+
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
+
+use super::CliError;
+use crate::agent::{Agent, AgentError};
+use crate::machine::Machine;
+use crate::supervisor::{Ending, Supervisor, Watch};
+use crate::timings::Timings;
+
+/// A guest whose agent is not there by then never will be. Generous: on a software KVM a guest of 24 GiB takes a minute.
+const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+/// How long a guest that has closed the agent's connection may take to end.
+const RESET_GRACE: Duration = Duration::from_secs(5);
+
+/// A machine that boots, and what watches over it.
+pub struct Boot<'a> {
+    /// The machine.
+    pub machine: &'a Machine,
+    /// What may cut its work short.
+    pub supervisor: Supervisor,
+    /// When the process began.
+    pub start: Instant,
+    /// Where its phases are noted.
+    pub timings: &'a Timings,
+}
+
+impl Boot<'_> {
+    /// The error for what has cut the work short.
+    pub fn cut_short(&self, ending: Ending) -> CliError {
+        match ending {
+            Ending::Vm(reason) => CliError::Vm {
+                reason,
+                console: self.machine.console().text(),
+            },
+            Ending::Signal(signal) => CliError::Signal(signal),
+            Ending::TimedOut => CliError::Timeout(self.start.elapsed()),
+        }
+    }
+
+    fn no_agent(&self) -> CliError {
+        CliError::NoAgent {
+            waited: BOOT_DEADLINE,
+            console: self.machine.console().text(),
+        }
+    }
+
+    /// Waits for the agent's call. The watch shuts its connection when something cuts the work short.
+    pub fn wait_for_agent(&self, ready: UnixListener) -> Result<(Agent, Watch), CliError> {
+        let deadline = self.start + BOOT_DEADLINE;
+        let own = self.supervisor.deadline;
+        let stream = match self.supervisor.accept(&ready, deadline) {
+            Ok(stream) => stream,
+            Err(Ending::TimedOut) if own.is_none_or(|own| own > deadline) => {
+                return Err(self.no_agent());
+            }
+            Err(ending) => return Err(self.cut_short(ending)),
+        };
+        // The agent was the first to call, being the guest's first process. Nobody else in there shall.
+        drop(ready);
+        let watch = self.supervisor.clone().watch(&stream);
+        let watch = watch.map_err(|error| CliError::Monitor(error.to_string()))?;
+        match Agent::from_stream(stream, Some(deadline)) {
+            Ok(mut agent) => {
+                self.timings.mark("agent ready");
+                agent.set_deadline(None);
+                Ok((agent, watch))
+            }
+            Err(error) => Err(match self.why(&error, watch) {
+                Some(why) => why,
+                None if matches!(error, AgentError::TimedOut) => self.no_agent(),
+                None => CliError::Monitor(error.to_string()),
+            }),
+        }
+    }
+
+    /// What an error of the agent's connection really was, if it was the end of the VM, a signal or the time.
+    pub fn why(&self, error: &AgentError, watch: Watch) -> Option<CliError> {
+        if let Some(ending) = watch.end() {
+            return Some(self.cut_short(ending));
+        }
+        // A guest that resets itself lets go of its connections first.
+        if matches!(error, AgentError::Disconnected | AgentError::Socket(_)) {
+            let deadline = Some(Instant::now() + RESET_GRACE);
+            let ending = Supervisor {
+                deadline,
+                ..self.supervisor.clone()
+            }
+            .wait_for_end();
+            if ending != Ending::TimedOut {
+                return Some(self.cut_short(ending));
+            }
+        }
+        None
+    }
+}
