@@ -186,6 +186,26 @@ fn load(
     Ok(loaded)
 }
 
+/// A file for the console, whose errors say which it is.
+struct ConsoleFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl Write for ConsoleFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes).map_err(|error| {
+            let path = self.path.display();
+            let told = format!("{path}: {error}; make room there, or name another file");
+            io::Error::new(error.kind(), told)
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// The devices of a machine, before KVM knows of them.
 struct Devices {
     memory: Arc<GuestMemory>,
@@ -272,7 +292,8 @@ impl Devices {
                     .custom_flags(libc::O_NONBLOCK)
                     .open(path)
                     .map_err(failed(path))?;
-                Some(Box::new(file))
+                let path = path.clone();
+                Some(Box::new(ConsoleFile { file, path }))
             }
             ConsoleConfig::Log(path) => {
                 Some(Box::new(ConsoleLog::create(path).map_err(failed(path))?))

@@ -14,10 +14,12 @@ use crate::config::DriveConfig;
 #[derive(Debug, Error)]
 pub enum DriveError {
     /// It cannot be opened.
-    #[error("cannot open the image {path}: {source}")]
+    #[error("cannot open the image {path}{}: {source}{}", if *.read_only { "" } else { " to write to it" }, open_remedy(source, *.read_only))]
     Open {
         /// The file.
         path: PathBuf,
+        /// The guest is only to read it.
+        read_only: bool,
         /// What the system said.
         source: io::Error,
     },
@@ -29,8 +31,12 @@ pub enum DriveError {
     },
     /// Another sandbox has it.
     #[error(
-        "the image {path} is in use by another sandbox{}: stop that one, or give this one a copy",
-        if *.read_only { ", which may write to it" } else { "" }
+        "the image {path} is in use by another sandbox{}",
+        if *.read_only {
+            ", which may write to it: stop that one, or give this one a copy"
+        } else {
+            ": stop that one, give this one a copy, or have both only read it (--drive FILE,ro)"
+        }
     )]
     Busy {
         /// The file.
@@ -38,6 +44,16 @@ pub enum DriveError {
         /// This one only wanted to read it.
         read_only: bool,
     },
+}
+
+fn open_remedy(error: &io::Error, read_only: bool) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => "; name an existing file, or make one (truncate -s 1G FILE)",
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem if !read_only => {
+            "; get the permission, or only read it (--drive FILE,ro)"
+        }
+        _ => "",
+    }
 }
 
 /// An open disk. Its lock (flock: shared for reading, exclusive for writing) lasts as long as the file is open.
@@ -61,12 +77,14 @@ impl Drive {
             .open(&config.path)
             .map_err(|source| DriveError::Open {
                 path: path(),
+                read_only: config.read_only,
                 source,
             })?;
         let kind = file
             .metadata()
             .map_err(|source| DriveError::Open {
                 path: path(),
+                read_only: config.read_only,
                 source,
             })?
             .file_type();

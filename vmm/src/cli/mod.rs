@@ -28,6 +28,7 @@ use clap::{Parser, Subcommand};
 use thiserror::Error;
 
 use crate::builder::BuildError;
+use crate::devices::virtio::vsock::VsockError;
 use crate::exit::ExitReason;
 use crate::kvm::KvmError;
 use crate::logger::complain;
@@ -134,6 +135,7 @@ impl CliError {
                 | BuildError::Block(_)
                 | BuildError::TooManyDevices { .. }
                 | BuildError::Console { .. }
+                | BuildError::Vsock(VsockError::Listen { .. })
                 | BuildError::Kvm(Missing | Permission | Open(_) | ApiVersion(_) | Capability(_)) => {
                     status::BAD_INPUT
                 }

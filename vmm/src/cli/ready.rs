@@ -4,8 +4,9 @@ use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use super::CliError;
-use crate::agent::{Agent, AgentError};
+use crate::agent::{AGENT_PORT, Agent, AgentError};
 use crate::machine::Machine;
+use crate::sandbox::SandboxPaths;
 use crate::supervisor::{Ending, Supervisor, Watch};
 use crate::timings::Timings;
 
@@ -13,6 +14,17 @@ use crate::timings::Timings;
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 /// How long a guest that has closed the agent's connection may take to end.
 const RESET_GRACE: Duration = Duration::from_secs(5);
+
+/// Where the agent's first call will arrive.
+pub fn listen_for_agent(paths: &SandboxPaths) -> Result<UnixListener, CliError> {
+    let path = paths.vsock_listener(AGENT_PORT);
+    UnixListener::bind(&path).map_err(|error| {
+        let path = path.display();
+        CliError::BadInput(format!(
+            "cannot listen on {path}: {error}; XDG_RUNTIME_DIR can name another place"
+        ))
+    })
+}
 
 /// A machine that boots, and what watches over it.
 pub struct Boot<'a> {

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use super::program::{ProgramArgs, Work, perform};
-use super::ready::Boot;
+use super::ready::{Boot, listen_for_agent};
 use super::vm_args::{VmArgs, installed_image, installed_kernel};
 use super::{CliError, ending_status, status};
-use crate::agent::{AGENT_PORT, Agent, AgentError, ShutdownMode};
+use crate::agent::{Agent, AgentError, ShutdownMode};
 use crate::builder;
 use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
 use crate::exit::ExitReason;
@@ -53,7 +53,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
 
     let sandbox =
         SandboxDir::create(None).map_err(|error| CliError::BadInput(error.to_string()))?;
-    let ready = UnixListener::bind(sandbox.paths().vsock_listener(AGENT_PORT)).map_err(monitor)?;
+    let ready = listen_for_agent(sandbox.paths())?;
     let config = VmConfig {
         cpus: vm.cpus,
         memory_mib: vm.memory,

@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::ready::Boot;
+use super::ready::{Boot, listen_for_agent};
 use super::vm_args::{VmArgs, installed_image, installed_kernel};
 use super::vm_spec::VmSpec;
 use super::{CliError, ending_status, print};
-use crate::agent::{AGENT_PORT, Agent};
+use crate::agent::Agent;
 use crate::builder;
 use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
 use crate::control::routes::Control;
@@ -166,7 +166,7 @@ fn monitor(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
     };
     let record = record(&sandbox, args, &vm, &config);
     sandbox.publish(&record).map_err(bad)?;
-    let ready = UnixListener::bind(paths.vsock_listener(AGENT_PORT)).map_err(broken)?;
+    let ready = listen_for_agent(&paths)?;
     let machine = Arc::new(builder::build(&config, &timings)?);
     let supervisor = Supervisor {
         exit: machine.exit().clone(),

@@ -194,7 +194,7 @@ impl Block {
 
 impl VirtioDevice for Block {
     fn name(&self) -> String {
-        format!("virtio-blk {}", self.id)
+        format!("virtio-blk {} ({})", self.id, self.path.display())
     }
 
     fn device_type(&self) -> u32 {

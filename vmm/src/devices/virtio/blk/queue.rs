@@ -49,7 +49,11 @@ enum Failure {
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
-        Self::Io(error.to_string())
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        Self::Io(match error.kind() {
+            StorageFull | QuotaExceeded => format!("{error}; make room where the disk's file is"),
+            _ => error.to_string(),
+        })
     }
 }
 

@@ -43,7 +43,7 @@ pub enum VsockError {
     #[error("{0} is not a context id for a guest: choose one from 3 to 4294967294")]
     Cid(u32),
     /// No listening socket.
-    #[error("cannot listen on {path}: {source}")]
+    #[error("cannot listen on {path}: {source}; XDG_RUNTIME_DIR can name another place")]
     Listen {
         /// The socket.
         path: PathBuf,
