@@ -21,6 +21,11 @@ fn main() -> ExitCode {
         test("code_comes_from_a_file_or_standard_input", Guest, code),
         test("a_shell_sees_its_cpus_input_and_environment", Guest, shell),
         test("the_image_is_memory_or_a_disk", Guest, image_interfaces),
+        test(
+            "what_is_written_to_a_drive_is_there_the_next_time",
+            Guest,
+            drives,
+        ),
         test("what_cannot_be_run_is_told_apart", Guest, not_runnable),
         test("time_that_is_over_ends_the_run", Guest, timeout),
         test("a_panic_is_reported_with_the_console", Guest, panic),
@@ -108,6 +113,59 @@ fn image_interfaces() -> Result<(), Failed> {
             .expect_status(0)?
             .expect_stdout(&format!("{disk}\n12.15\n"))?;
     }
+    Ok(())
+}
+
+/// A file describes the sandbox; its writable drive has a file system, into which nobody syncs.
+fn drives() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let path = |name: &str| directory.path().join(name);
+    fs::write(path("notes"), b"from the host".repeat(512))?;
+    fs::File::create(path("disk"))?.set_len(16 << 20)?;
+    let made = std::process::Command::new("/sbin/mke2fs")
+        .args(["-q", "-t", "ext4", "-F"])
+        .arg(path("disk"))
+        .status()?;
+    if !made.success() {
+        return Err(format!("mke2fs: {made}").into());
+    }
+    fs::write(
+        path("vm.toml"),
+        "drives = [{ path = 'disk' }, { path = 'notes', read_only = true }]\n\
+         agent = { env = { WHO = 'the file', GREETING = 'hello' }, cwd = '/tmp' }\n",
+    )?;
+    let config = path("vm.toml").to_string_lossy().into_owned();
+    let write = "pwd; echo $GREETING from $WHO; head -c 13 /dev/vdb; echo; (echo x > /dev/vdb) 2>/dev/null || echo refused; \
+        grep -o 'root=[^ ]*' /proc/cmdline; mkdir disk; mount -t ext4 /dev/vda disk; echo kept > disk/file; exit 3";
+    run(&[
+        "--config",
+        &config,
+        "-e",
+        "WHO=a flag",
+        "--",
+        "sh",
+        "-c",
+        write,
+    ])
+    .run()?
+    .expect_status(3)?
+    .expect_no_stderr()?
+    .expect_stdout("/tmp\nhello from a flag\nfrom the host\nrefused\nroot=/dev/pmem0\n")?;
+    // After the image, where that is a disk.
+    let read = "mkdir disk; mount -t ext4 /dev/vdb disk; cat disk/file; grep -o 'root=[^ ]*' /proc/cmdline";
+    run(&[
+        "--config",
+        &config,
+        "--image-as",
+        "block",
+        "--",
+        "sh",
+        "-c",
+        read,
+    ])
+    .run()?
+    .expect_status(0)?
+    .expect_stdout("kept\nroot=/dev/vda\n")?;
     Ok(())
 }
 
