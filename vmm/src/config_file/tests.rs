@@ -66,6 +66,18 @@ fn paths_are_relative_to_the_file() {
 }
 
 #[test]
+fn the_readme_tells_the_truth() {
+    let readme = include_str!("../../../README.md");
+    let (_, rest) = readme.split_once("```toml\n").unwrap();
+    let (example, _) = rest.split_once("```").unwrap();
+    let file = toml(example).unwrap();
+    assert_eq!(file.name.as_deref(), Some("build"));
+    assert_eq!(file.drives.len(), 2);
+    assert!(file.drives[1].read_only);
+    assert_eq!(file.agent.cwd.as_deref(), Some("/tmp"));
+}
+
+#[test]
 fn an_empty_file_says_nothing() {
     assert_eq!(toml("").unwrap(), VmFile::default());
     assert_eq!(json("{}").unwrap(), VmFile::default());
