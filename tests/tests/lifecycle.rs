@@ -1,0 +1,319 @@
+//! Sandboxes that live on: a day in the life of an orchestrator, and of those who share a host.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use serde_json::Value;
+use tests::Needs::{Guest, Nothing};
+use tests::{Output, Vmm, test, vmm_path};
+
+fn main() -> ExitCode {
+    tests::main(vec![
+        test("a_day_of_three_sandboxes", Guest, day),
+        test("who_asks_for_what_is_not_there_is_told", Nothing, unknown),
+        test("names_are_checked", Nothing, names),
+    ])
+}
+
+/// A runtime directory of its own.
+struct Host(tempfile::TempDir);
+
+impl Host {
+    fn new() -> Result<Self, Failed> {
+        Ok(Self(tempfile::tempdir()?))
+    }
+
+    fn vmm(&self, arguments: &[&str]) -> Vmm {
+        Vmm::new(arguments).env("XDG_RUNTIME_DIR", self.0.path())
+    }
+
+    fn run(&self, arguments: &[&str]) -> Result<Output, Failed> {
+        self.vmm(arguments).run()
+    }
+
+    /// Runs it and expects success.
+    fn ok(&self, arguments: &[&str]) -> Result<Output, Failed> {
+        let output = self.run(arguments)?;
+        output.expect_status(0)?;
+        Ok(output)
+    }
+
+    /// Runs it and expects one line that says why not.
+    fn refused(&self, arguments: &[&str], parts: &[&str]) -> Result<(), Failed> {
+        let output = self.run(arguments)?;
+        output
+            .expect_status(2)?
+            .expect_one_line()?
+            .expect_stderr(parts)?;
+        Ok(())
+    }
+
+    /// Fails unless `ls` shows these names and states, in this order.
+    fn expect_ls(&self, expected: &[(&str, &str)]) -> Result<(), Failed> {
+        let listed: Value = serde_json::from_str(&self.ok(&["ls", "--json"])?.stdout)?;
+        let shown: Vec<_> = listed
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|one| {
+                let text = |key: &str| one[key].as_str().unwrap_or_default();
+                (text("name"), text("state"))
+            })
+            .collect();
+        if shown == expected {
+            return Ok(());
+        }
+        Err(format!("ls shows {shown:?}, not {expected:?}").into())
+    }
+
+    fn inspect(&self, name: &str) -> Result<Value, Failed> {
+        Ok(serde_json::from_str(&self.ok(&["inspect", name])?.stdout)?)
+    }
+
+    fn dir(&self, name: &str) -> Result<PathBuf, Failed> {
+        let inspected = self.inspect(name)?;
+        Ok(inspected["dir"].as_str().ok_or("no dir")?.into())
+    }
+
+    fn pid(&self, name: &str) -> Result<u64, Failed> {
+        Ok(self.inspect(name)?["pid"].as_u64().ok_or("no pid")?)
+    }
+
+    fn curl(&self, name: &str, method: &str, path: &str) -> Result<(u16, Value), Failed> {
+        let socket = self.dir(name)?.join("api.sock");
+        let output = Command::new("curl")
+            .args(["--silent", "--max-time", "60", "--request", method])
+            .args(["--write-out", "\n%{http_code}", "--unix-socket"])
+            .arg(socket)
+            .arg(format!("http://sandbox{path}"))
+            .output()?;
+        let text = String::from_utf8(output.stdout)?;
+        let (body, status) = text.rsplit_once('\n').ok_or("curl said nothing")?;
+        Ok((status.parse()?, serde_json::from_str(body)?))
+    }
+}
+
+/// Nothing of a failed test lives on.
+impl Drop for Host {
+    fn drop(&mut self) {
+        for entry in fs::read_dir(self.0.path().join("bough"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let record = fs::read(entry.path().join("sandbox.json")).unwrap_or_default();
+            let record: Value = serde_json::from_slice(&record).unwrap_or_default();
+            if let (Some(pid), false) = (
+                record["pid"].as_u64(),
+                entry.path().join("exit.json").exists(),
+            ) {
+                let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
+            }
+        }
+    }
+}
+
+/// A process that has ended and that nobody has waited for counts as gone.
+fn is_alive(pid: u64) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").map(|(_, rest)| &rest[..1]);
+    state.is_some_and(|state| state != "Z")
+}
+
+fn day() -> Result<(), Failed> {
+    let host = Host::new()?;
+    let file = host.0.path().join("two.toml");
+    fs::write(
+        &file,
+        "name = \"two\"\ncpus = 2\nmemory = \"160M\"\n[labels]\nrole = \"worker\"\n[agent.env]\nGREETING = \"good day\"\n",
+    )?;
+    host.ok(&["start", "one"])?.expect_stdout("one\n")?;
+    host.ok(&["start", "--config", &file.to_string_lossy()])?
+        .expect_stdout("two\n")?;
+    host.ok(&["start", "three", "--label", "role=spare"])?;
+    host.expect_ls(&[("one", "running"), ("two", "running"), ("three", "running")])?;
+    host.ok(&["ls", "--quiet"])?
+        .expect_stdout("one\ntwo\nthree\n")?;
+    let two = host.inspect("two")?;
+    if (&two["cpus"], &two["memory_mib"], &two["labels"]["role"])
+        != (&2.into(), &160.into(), &"worker".into())
+    {
+        return Err(format!("not what the file says: {two}").into());
+    }
+
+    host.ok(&["exec", "one", "--", "echo", "I am one"])?
+        .expect_stdout("I am one\n")?;
+    host.ok(&["exec", "two", "--", "sh", "-c", "nproc; echo $GREETING"])?
+        .expect_stdout("2\ngood day\n")?;
+    let code = ["exec", "three", "--lang", "python", "-c", "print(6 * 7)"];
+    host.ok(&code)?.expect_stdout("42\n")?;
+    host.run(&["exec", "three", "--", "sh", "-c", "exit 9"])?
+        .expect_status(9)?;
+
+    follow_logs(&host)?;
+    pause_and_resume(&host)?;
+    host.refused(&["start", "one"], &["\"one\" is running", "--name"])?;
+    host.refused(&["rm", "one"], &["one is running", "vmm stop one"])?;
+
+    // The API, as a program would use it.
+    let (status, view) = host.curl("one", "GET", "/v1/sandbox")?;
+    if status != 200 || view["state"] != "running" {
+        return Err(format!("{status}: {view}").into());
+    }
+    matches_description(&host, "one", &view)?;
+    for (method, path, expected) in [
+        ("GET", "/nowhere", 404),
+        ("GET", "/v1/stop", 405),
+        ("POST", "/v1/stop", 200),
+    ] {
+        let (status, body) = host.curl("one", method, path)?;
+        let code = body["error"]["code"].as_str();
+        if status != expected || (expected != 200) != code.is_some() {
+            return Err(format!("{method} {path}: {status} {body}").into());
+        }
+    }
+    wait_for(|| Ok(host.inspect("one")?["state"] == "ended"))?;
+    let exit = host.inspect("one")?["exit"].clone();
+    if (&exit["status"], &exit["reason"]) != (&0.into(), &"stopped".into()) {
+        return Err(format!("one ended so: {exit}").into());
+    }
+
+    // An enemy.
+    let pid = host.pid("three")?;
+    Command::new("kill")
+        .args(["-9", &pid.to_string()])
+        .status()?;
+    wait_for(|| Ok(!is_alive(pid)))?;
+    host.expect_ls(&[("one", "ended"), ("two", "running"), ("three", "killed")])?;
+    host.refused(
+        &["exec", "three", "--", "true"],
+        &["three is not running", "vmm start three"],
+    )?;
+    host.ok(&["start", "three"])?;
+    host.ok(&["exec", "three", "--", "echo", "again"])?
+        .expect_stdout("again\n")?;
+    host.expect_ls(&[("one", "ended"), ("two", "running"), ("three", "running")])?;
+
+    let pids = [host.pid("two")?, host.pid("three")?];
+    host.ok(&["stop", "--rm", "two"])?;
+    host.ok(&["rm", "--force", "one", "three"])?;
+    host.expect_ls(&[])?;
+    if let Some(pid) = pids.into_iter().find(|pid| is_alive(*pid)) {
+        return Err(format!("process {pid} is still there").into());
+    }
+    let left: Vec<_> = fs::read_dir(host.0.path().join("bough"))?
+        .map(|entry| entry.map(|entry| entry.file_name()))
+        .collect::<Result<_, _>>()?;
+    if !left.is_empty() {
+        return Err(format!("left behind: {left:?}").into());
+    }
+    Ok(())
+}
+
+fn wait_for(condition: impl Fn() -> Result<bool, Failed>) -> Result<(), Failed> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition()? {
+        if Instant::now() > deadline {
+            return Err("it did not come to that within 20 s".into());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// A reader of the console sees a line that the guest prints after the reader came.
+fn follow_logs(host: &Host) -> Result<(), Failed> {
+    let mut reader = Command::new(vmm_path())
+        .args(["logs", "--follow", "two"])
+        .env("XDG_RUNTIME_DIR", host.0.path())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let lines = BufReader::new(reader.stdout.take().ok_or("no standard output")?).lines();
+    let found = std::thread::spawn(move || {
+        let mut lines = lines.map_while(Result::ok);
+        lines.any(|line| line.contains("a line for the log"))
+    });
+    let script = "echo a line for the log > /dev/console";
+    host.ok(&["exec", "two", "--", "sh", "-c", script])?;
+    wait_for(|| Ok(found.is_finished()))?;
+    reader.kill()?;
+    reader.wait()?;
+    match found.join() {
+        Ok(true) => Ok(()),
+        _ => Err("the line was not among the log's".into()),
+    }
+}
+
+fn pause_and_resume(host: &Host) -> Result<(), Failed> {
+    host.ok(&["pause", "three"])?;
+    host.ok(&["pause", "three"])?;
+    host.expect_ls(&[("one", "running"), ("two", "running"), ("three", "paused")])?;
+    let exec = ["exec", "three", "--", "echo", "awake"];
+    host.refused(&exec, &["three is paused", "vmm resume three"])?;
+    host.ok(&["resume", "three"])?;
+    host.ok(&exec)?.expect_stdout("awake\n")?;
+    host.expect_ls(&[("one", "running"), ("two", "running"), ("three", "running")])
+}
+
+/// What the server sends has what its own description requires.
+fn matches_description(host: &Host, name: &str, view: &Value) -> Result<(), Failed> {
+    let (_, description) = host.curl(name, "GET", "/v1/openapi.json")?;
+    let schema = &description["components"]["schemas"]["Sandbox"];
+    let properties = schema["properties"].as_object().ok_or("no properties")?;
+    let sent = view.as_object().ok_or("no object")?;
+    for name in schema["required"].as_array().into_iter().flatten() {
+        let name = name.as_str().unwrap_or_default();
+        let Some(value) = sent.get(name) else {
+            return Err(format!("{name} is described and not sent").into());
+        };
+        let kind = match value {
+            Value::String(_) => "string",
+            Value::Bool(_) => "boolean",
+            Value::Number(_) => "integer",
+            Value::Object(_) => "object",
+            Value::Array(_) => "array",
+            Value::Null => "null",
+        };
+        let described = &properties[name]["type"];
+        let matches = match described {
+            Value::Array(kinds) => kinds.iter().any(|one| one == kind),
+            one => one == kind,
+        };
+        if !matches {
+            return Err(format!("{name} is {described} in the description, {kind} as sent").into());
+        }
+    }
+    match sent.keys().find(|name| !properties.contains_key(*name)) {
+        Some(name) => Err(format!("{name} is sent and not described").into()),
+        None => Ok(()),
+    }
+}
+
+fn unknown() -> Result<(), Failed> {
+    let host = Host::new()?;
+    host.expect_ls(&[])?;
+    for command in ["inspect", "pause", "resume", "stop", "rm", "logs"] {
+        host.refused(
+            &[command, "nobody"],
+            &["no sandbox is called \"nobody\"", "vmm ls"],
+        )?;
+    }
+    host.refused(&["exec", "nobody", "--", "true"], &["nobody"])
+}
+
+fn names() -> Result<(), Failed> {
+    let host = Host::new()?;
+    // Something that exists for what is looked at first.
+    let file = host.0.path().join("file");
+    fs::write(&file, "x")?;
+    let file = file.to_string_lossy();
+    for name in ["a/b", "..", "", &"x".repeat(64)] {
+        let start = ["start", "--kernel", &file, "--image", &file, "--", name];
+        host.refused(&start, &["cannot be a sandbox's name"])?;
+    }
+    Ok(())
+}
