@@ -1,11 +1,11 @@
 //! A client's connection: the handshake, its requests, and the programs that it runs.
 //!
 //! Invariants: nothing is served before the client's Hello; a connection that breaks
-//! the protocol gets one Error and no more requests are read from it; dropping a
-//! connection kills the process groups of its programs.
+//! the protocol gets one Error and no more requests are read from it; a connection that
+//! has failed or is gone has killed all its programs.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::time::{Duration, Instant};
 
 use guest_agent::frame::{FrameBuffer, FrameError};
 use guest_agent::proto::{
@@ -14,12 +14,15 @@ use guest_agent::proto::{
 };
 use guest_agent::version::{SUPPORTED, VersionRange};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, WaitStatus};
+use rustix::process::Signal;
 
+use crate::cgroup::{Cgroup, Cgroups};
 use crate::failure::Failure;
+use crate::files::{self, Task};
+use crate::identity::Identity;
 use crate::output::Output;
 use crate::program::Program;
-use crate::signals::Signals;
+use crate::sys::Ended;
 use crate::{runners, spawn};
 
 /// The most programs that may run at once for one connection.
@@ -27,8 +30,6 @@ const MAX_PROGRAMS: usize = 256;
 
 /// What connections need from the server.
 pub struct Context<'a> {
-    /// The agent's own working directory.
-    pub home: &'a Path,
     /// Room for `MAX_DATA` bytes, for whoever reads just now.
     pub scratch: &'a mut [u8],
     /// Counts the source files, so that each has a name of its own.
@@ -37,8 +38,8 @@ pub struct Context<'a> {
     pub is_init: bool,
     /// Set when a client has asked to end the guest.
     pub shutdown: &'a mut Option<Shutdown>,
-    /// The agent's signals, which programs must not inherit blocked.
-    pub signals: &'a Signals,
+    /// Makes the control groups of programs.
+    pub cgroups: &'a mut Cgroups,
 }
 
 /// A client's connection.
@@ -47,6 +48,8 @@ pub struct Connection {
     frames: FrameBuffer,
     output: Output,
     programs: Vec<Program>,
+    /// Control groups of programs that are over, to be removed when they are empty.
+    remains: Vec<Cgroup>,
     state: State,
 }
 
@@ -72,6 +75,7 @@ impl Connection {
             frames: FrameBuffer::default(),
             output,
             programs: Vec::new(),
+            remains: Vec::new(),
             state: State::Greeting,
         }
     }
@@ -112,6 +116,7 @@ impl Connection {
 
     /// The client hung up.
     pub fn hung_up(&mut self) {
+        self.end_programs();
         self.state = State::Gone;
     }
 
@@ -154,12 +159,33 @@ impl Connection {
 
     /// Ends the connection for a breach of the protocol.
     pub fn fail(&mut self, failure: Failure) {
-        self.programs
-            .iter()
-            .for_each(|program| program.signal(Signal::KILL));
-        self.programs.clear();
+        self.end_programs();
         self.output.push(0, Kind::Error(failure.into()));
         self.state = State::Failed;
+    }
+
+    fn end_programs(&mut self) {
+        for mut program in self.programs.drain(..) {
+            program.kill();
+            self.remains.extend(program.cgroup.take());
+        }
+    }
+
+    /// The control groups of programs that are over since this was last asked.
+    pub fn take_remains(&mut self) -> Vec<Cgroup> {
+        std::mem::take(&mut self.remains)
+    }
+
+    /// When the first of its programs has used up its time.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.programs.iter().filter_map(Program::deadline).min()
+    }
+
+    /// Ends the programs whose time is over.
+    pub fn check_deadlines(&mut self, now: Instant) {
+        for program in &mut self.programs {
+            program.check_deadline(now);
+        }
     }
 
     /// Handles one message.
@@ -184,9 +210,17 @@ impl Connection {
         if id == 0 {
             return Err(Failure::new(ErrorCode::BadRequestId, "request id 0"));
         }
-        let starts = matches!(
+        // Everything else refers to a request.
+        let starts = !matches!(
             kind,
-            Some(Ask::Ping(_) | Ask::Exec(_) | Ask::RunCode(_) | Ask::Shutdown(_)) | None
+            Some(
+                Ask::StdinData(_)
+                    | Ask::StdinClose(_)
+                    | Ask::Signal(_)
+                    | Ask::Cancel(_)
+                    | Ask::Credit(_)
+                    | Ask::Resize(_)
+            )
         );
         let program = self
             .programs
@@ -205,6 +239,24 @@ impl Connection {
             (Some(Ask::Exec(exec)), _) => self.exec(id, &exec, None, output_window, context),
             (Some(Ask::RunCode(code)), _) => self.run_code(id, code, output_window, context),
             (Some(Ask::Shutdown(shutdown)), _) => self.shutdown(id, shutdown, context),
+            (Some(Ask::ReadFile(it)), _) => self.work(id, &Task::Read(it), output_window, context),
+            (Some(Ask::WriteFile(it)), _) => {
+                self.work(id, &Task::Write(it), output_window, context)
+            }
+            (Some(Ask::List(it)), _) => self.work(id, &Task::List(it), output_window, context),
+            (Some(Ask::Stat(it)), _) => self.work(id, &Task::Stat(it), output_window, context),
+            (Some(Ask::Remove(it)), _) => self.work(id, &Task::Remove(it), output_window, context),
+            (Some(Ask::MakeDirectory(it)), _) => {
+                self.work(id, &Task::MakeDirectory(it), output_window, context)
+            }
+            (Some(Ask::Rename(it)), _) => self.work(id, &Task::Rename(it), output_window, context),
+            (Some(Ask::Watch(it)), _) => self.work(id, &Task::Watch(it), output_window, context),
+            (Some(Ask::ReadTree(it)), _) => {
+                self.work(id, &Task::ReadTree(it), output_window, context)
+            }
+            (Some(Ask::WriteTree(it)), _) => {
+                self.work(id, &Task::WriteTree(it), output_window, context)
+            }
             (None, _) => Err(Failure::new(
                 ErrorCode::Unsupported,
                 "this agent does not know the request",
@@ -222,7 +274,11 @@ impl Connection {
                 Ok(())
             }
             (Some(Ask::Cancel(_)), Some(program)) => {
-                program.signal(Signal::KILL);
+                program.kill();
+                Ok(())
+            }
+            (Some(Ask::Resize(resize)), Some(program)) => {
+                program.resize(resize);
                 Ok(())
             }
             (Some(Ask::Signal(signal)), Some(program)) => {
@@ -265,7 +321,9 @@ impl Connection {
         context: &mut Context<'_>,
     ) -> Result<(), Failure> {
         *context.source_files += 1;
-        let (exec, file) = runners::prepare(code, *context.source_files)?;
+        let identity = Identity::resolve(&code.user, context.is_init)?;
+        let owner = identity.as_ref().map(Identity::ids);
+        let (exec, file) = runners::prepare(code, *context.source_files, owner)?;
         self.exec(id, &exec, file, output_window, context)
     }
 
@@ -277,19 +335,51 @@ impl Connection {
         output_window: u32,
         context: &mut Context<'_>,
     ) -> Result<(), Failure> {
-        if self.programs.len() >= MAX_PROGRAMS {
-            return Err(Failure::new(
-                ErrorCode::TooMany,
-                format!("{MAX_PROGRAMS} programs run on this connection already"),
-            ));
+        self.check_room()?;
+        let identity = Identity::resolve(&exec.user, context.is_init)?;
+        let cgroup = context.cgroups.create(exec.limits.as_ref())?;
+        let spawned = match spawn::spawn(exec, identity.as_ref(), cgroup.as_ref()) {
+            Ok(spawned) => spawned,
+            Err(failure) => {
+                self.remains.extend(cgroup);
+                return Err(failure);
+            }
+        };
+        let mut program = Program::new(id, spawned, output_window, cgroup, file);
+        if exec.timeout_ms > 0 {
+            // One that is beyond what a clock can say is as good as none.
+            let timeout = Duration::from_millis(exec.timeout_ms);
+            program.set_deadline(Instant::now().checked_add(timeout));
         }
-        let spawned = context
-            .signals
-            .unblocked(|| spawn::spawn(exec, context.home))?;
-        let program = Program::new(id, spawned, output_window, file);
         let pid = u32::try_from(program.pid().as_raw_nonzero().get()).unwrap_or(0);
         self.output.push(id, Kind::Started(Started { pid }));
         self.programs.push(program);
+        Ok(())
+    }
+
+    fn check_room(&self) -> Result<(), Failure> {
+        if self.programs.len() < MAX_PROGRAMS {
+            return Ok(());
+        }
+        Err(Failure::new(
+            ErrorCode::TooMany,
+            format!("{MAX_PROGRAMS} programs run on this connection already"),
+        ))
+    }
+
+    /// Starts what a request about files asks for.
+    fn work(
+        &mut self,
+        id: u32,
+        task: &Task,
+        output_window: u32,
+        context: &mut Context<'_>,
+    ) -> Result<(), Failure> {
+        self.check_room()?;
+        let identity = Identity::resolve(task.user(), context.is_init)?;
+        let spawned = files::start(task, identity.as_ref())?;
+        self.programs
+            .push(Program::helper(id, spawned, output_window));
         Ok(())
     }
 
@@ -323,14 +413,14 @@ impl Connection {
     }
 
     /// A process has ended; says whether it was one of this connection's.
-    pub fn reaped(&mut self, pid: Pid, status: WaitStatus) -> bool {
+    pub fn reaped(&mut self, ended: &Ended) -> bool {
         match self
             .programs
             .iter_mut()
-            .find(|program| program.is_process(pid))
+            .find(|program| program.is_process(ended.pid))
         {
             Some(program) => {
-                program.reaped(status);
+                program.reaped(ended);
                 true
             }
             None => false,
@@ -338,22 +428,16 @@ impl Connection {
     }
 
     /// Reports the programs that are over.
-    pub fn report(&mut self) {
-        let output = &mut self.output;
-        self.programs.retain(|program| match program.over() {
-            Some(exited) => {
-                output.push(program.request_id, Kind::Exited(exited));
-                false
-            }
-            None => true,
+    pub fn report(&mut self, scratch: &mut [u8]) {
+        let (output, remains) = (&mut self.output, &mut self.remains);
+        self.programs.retain_mut(|program| {
+            program.drain(scratch, output);
+            let Some(kind) = program.over() else {
+                return true;
+            };
+            output.push(program.request_id, kind);
+            remains.extend(program.cgroup.take());
+            false
         });
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.programs
-            .iter()
-            .for_each(|program| program.signal(Signal::KILL));
     }
 }

@@ -37,3 +37,12 @@ impl From<Failure> for Error {
         }
     }
 }
+
+/// The system's words for an error, without the number that std adds.
+pub fn plain(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    match text.find(" (os error") {
+        Some(end) => text.get(..end).unwrap_or(&text).to_owned(),
+        None => text,
+    }
+}

@@ -16,8 +16,8 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socke
 use rustix::process::{chdir, pivot_root};
 use rustix::system::sethostname;
 
-/// The agent's own directory, in which programs start.
-pub const HOME: &str = "/root";
+/// The agent's own directory.
+const HOME: &str = "/root";
 
 /// Where the writable disk stays mounted, for root's eyes only, so that it can be closed in the end.
 const UPPER_DISK: &str = "/run/bough/upper";

@@ -5,10 +5,13 @@
 //! panics the kernel. Each system call and each touched page before "ready" costs
 //! boot time, so the order here is deliberate: see `docs` in `proto/agent.proto`
 //! for what a client may rely on.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+mod cgroup;
 mod connection;
 mod failure;
+mod files;
+mod identity;
 mod init;
 mod listen;
 mod output;
@@ -17,7 +20,9 @@ mod program;
 mod runners;
 mod server;
 mod signals;
+mod source;
 mod spawn;
+mod sys;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -1,4 +1,5 @@
-//! A running program: its pipes, the credit of its streams, and how it ended.
+//! A running program, or a helper that works on files: its pipes, the credit of its streams, and how
+//! it ended.
 //!
 //! Invariants: never more is read from a pipe than there is credit for, so what is
 //! not sent yet waits in the pipe; never more standard input is held than the window
@@ -6,30 +7,32 @@
 //! its output pipes are drained.
 
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use guest_agent::proto::{
-    Credit, ErrorCode, Exited, MAX_DATA, Stderr, Stdout, Stream, exited, from_agent::Kind,
+    Credit, Done, Error, ErrorCode, Exited, Resize, Stderr, Stdout, Stream, from_agent::Kind,
 };
-use rustix::io::{Errno, ioctl_fionread, read, write};
-use rustix::process::{Pid, Signal, WaitStatus, kill_process_group};
+use prost::Message;
+use rustix::io::{Errno, write};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::termios::tcsetwinsize;
 
+use crate::cgroup::Cgroup;
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::runners::SourceFile;
-use crate::spawn::Spawned;
+use crate::source::Source;
+use crate::spawn::{Spawned, window};
+use crate::sys::Ended;
 
 /// The credit in bytes that each standard input starts with: what a pipe holds.
 pub const STDIN_WINDOW: u32 = 64 * 1024;
 
-/// An output pipe.
-struct Source {
-    /// `None` once it is drained.
-    pipe: Option<OwnedFd>,
-    /// How many bytes the client is ready for.
-    credit: u32,
-    /// How many bytes are left to read, once the process has ended.
-    left: Option<u64>,
-}
+/// The most that a helper may say of its failure.
+const MAX_REPORT: usize = 8 * 1024;
+
+/// What a terminal takes for the end of its input: Ctrl-D.
+const END_OF_FILE: u8 = 4;
 
 /// The standard input's pipe.
 struct Sink {
@@ -41,6 +44,14 @@ struct Sink {
     closing: bool,
 }
 
+/// What runs.
+enum Role {
+    /// A program that a client has asked for.
+    Program,
+    /// A copy of the agent that works on files. What it says on its standard error is an `Error`.
+    Helper { report: Vec<u8>, cancelled: bool },
+}
+
 /// A running program.
 pub struct Program {
     /// The request that started it.
@@ -49,7 +60,14 @@ pub struct Program {
     stdin: Sink,
     stdout: Source,
     stderr: Source,
-    status: Option<exited::Status>,
+    is_terminal: bool,
+    role: Role,
+    exited: Option<Exited>,
+    /// When its time is over.
+    deadline: Option<Instant>,
+    timed_out: bool,
+    /// Its control group, until that is taken to be removed.
+    pub cgroup: Option<Cgroup>,
     /// Held for its drop, which comes when the program is over.
     _source_file: Option<SourceFile>,
 }
@@ -60,13 +78,9 @@ impl Program {
         request_id: u32,
         spawned: Spawned,
         window: u32,
+        cgroup: Option<Cgroup>,
         source_file: Option<SourceFile>,
     ) -> Self {
-        let source = |pipe| Source {
-            pipe: Some(pipe),
-            credit: window,
-            left: None,
-        };
         Self {
             request_id,
             pid: spawned.pid,
@@ -75,10 +89,46 @@ impl Program {
                 waiting: Vec::new(),
                 closing: false,
             },
-            stdout: source(spawned.stdout),
-            stderr: source(spawned.stderr),
-            status: None,
+            stdout: Source::new(Some(spawned.stdout), window, spawned.is_terminal),
+            stderr: Source::new(spawned.stderr, window, false),
+            is_terminal: spawned.is_terminal,
+            role: Role::Program,
+            exited: None,
+            deadline: None,
+            timed_out: false,
+            cgroup,
             _source_file: source_file,
+        }
+    }
+
+    /// A helper that was just started.
+    pub fn helper(request_id: u32, spawned: Spawned, window: u32) -> Self {
+        let role = Role::Helper {
+            report: Vec::new(),
+            cancelled: false,
+        };
+        Self {
+            role,
+            ..Self::new(request_id, spawned, window, None, None)
+        }
+    }
+
+    /// Ends it at this moment.
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
+    }
+
+    /// When it is to be ended.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
+            .filter(|_| self.exited.is_none() && !self.timed_out)
+    }
+
+    /// Ends it if its time is over.
+    pub fn check_deadline(&mut self, now: Instant) {
+        if self.deadline().is_some_and(|deadline| deadline <= now) {
+            self.timed_out = true;
+            self.kill();
         }
     }
 
@@ -89,7 +139,7 @@ impl Program {
 
     /// Whether it is this process, and not one that got its number after it.
     pub fn is_process(&self, pid: Pid) -> bool {
-        self.pid == pid && self.status.is_none()
+        self.pid == pid && self.exited.is_none()
     }
 
     /// The pipe of a stream, if it is worth waiting for: a source with credit, a sink with bytes for it.
@@ -100,13 +150,13 @@ impl Program {
                 .pipe
                 .as_ref()
                 .filter(|_| !self.stdin.waiting.is_empty()),
-            Stream::Stdout => self.stdout.pipe.as_ref().filter(|_| self.stdout.credit > 0),
-            Stream::Stderr => self.stderr.pipe.as_ref().filter(|_| self.stderr.credit > 0),
+            Stream::Stdout => self.stdout.waiting(),
+            Stream::Stderr => self.stderr.waiting(),
             Stream::Unspecified => None,
         }
     }
 
-    /// Moves what a ready pipe has, or takes. `scratch` has room for [`MAX_DATA`] bytes.
+    /// Moves what a ready pipe has, or takes. `scratch` has room for `MAX_DATA` bytes.
     pub fn move_data(&mut self, stream: Stream, scratch: &mut [u8], output: &mut Output) {
         let id = self.request_id;
         match stream {
@@ -114,10 +164,23 @@ impl Program {
             Stream::Stdout => self.stdout.pump(scratch, |data| {
                 output.push(id, Kind::Stdout(Stdout { data }));
             }),
-            Stream::Stderr => self.stderr.pump(scratch, |data| {
-                output.push(id, Kind::Stderr(Stderr { data }));
-            }),
+            Stream::Stderr => match &mut self.role {
+                Role::Program => self.stderr.pump(scratch, |data| {
+                    output.push(id, Kind::Stderr(Stderr { data }));
+                }),
+                Role::Helper { report, .. } => self.stderr.pump(scratch, |data| {
+                    let room = MAX_REPORT.saturating_sub(report.len());
+                    report.extend(data.into_iter().take(room));
+                }),
+            },
             Stream::Unspecified => {}
+        }
+    }
+
+    /// Moves what a terminal still holds after the end of its program: it may not become ready again.
+    pub fn drain(&mut self, scratch: &mut [u8], output: &mut Output) {
+        while self.stdout.is_draining() && !output.is_full() {
+            self.move_data(Stream::Stdout, scratch, output);
         }
     }
 
@@ -146,6 +209,10 @@ impl Program {
 
     /// No more bytes for standard input.
     pub fn stdin_close(&mut self) {
+        if self.is_terminal && !self.stdin.closing {
+            // A terminal stays open, or the program would be hung up on.
+            self.stdin.waiting.push(END_OF_FILE);
+        }
         self.stdin.closing = true;
         if self.stdin.waiting.is_empty() {
             self.stdin.pipe = None;
@@ -183,86 +250,91 @@ impl Program {
     /// The client is ready for more of a stream.
     pub fn credit(&mut self, stream: Stream, bytes: u32) {
         match stream {
-            Stream::Stdout => self.stdout.credit = self.stdout.credit.saturating_add(bytes),
-            Stream::Stderr => self.stderr.credit = self.stderr.credit.saturating_add(bytes),
+            Stream::Stdout => self.stdout.add_credit(bytes),
+            Stream::Stderr => self.stderr.add_credit(bytes),
             Stream::Stdin | Stream::Unspecified => {}
+        }
+    }
+
+    /// The client's terminal has another size. The kernel tells the program (SIGWINCH).
+    pub fn resize(&self, resize: Resize) {
+        if let (true, Some(terminal)) = (self.is_terminal, self.stdout.pipe()) {
+            let _ = tcsetwinsize(terminal, window(resize.rows, resize.columns));
         }
     }
 
     /// Sends a signal to the process group, unless its leader is gone: then its number may be
     /// another's by now.
     pub fn signal(&self, signal: Signal) {
-        if self.status.is_none() {
+        if self.exited.is_none() && matches!(self.role, Role::Program) {
             // The group may be gone already, though not reaped: then there is nobody to tell.
             let _ = kill_process_group(self.pid, signal);
         }
     }
 
+    /// Ends it, with every process that it has started and that can be found.
+    pub fn kill(&mut self) {
+        match &mut self.role {
+            Role::Program => {
+                self.signal(Signal::KILL);
+                if let Some(cgroup) = &self.cgroup {
+                    cgroup.kill();
+                }
+            }
+            Role::Helper { cancelled, .. } => {
+                *cancelled = true;
+                if self.exited.is_none() {
+                    // One that writes a file takes this as the word to clean up. It finds it
+                    // before it finds the end of its input: that is closed later.
+                    let _ = kill_process(self.pid, Signal::TERM);
+                }
+            }
+        }
+    }
+
     /// The process has ended. What its pipes hold at this moment is still sent.
-    pub fn reaped(&mut self, status: WaitStatus) {
-        let number = |number: i32| u32::try_from(number).unwrap_or(0);
-        self.status = Some(match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => exited::Status::Code(number(code)),
-            (None, signal) => exited::Status::Signal(number(signal.unwrap_or(0))),
-        });
+    pub fn reaped(&mut self, ended: &Ended) {
+        let mut exited = Exited {
+            status: Some(ended.status),
+            timed_out: self.timed_out,
+            oom_killed: false,
+            user_us: ended.user_us,
+            system_us: ended.system_us,
+            peak_memory_bytes: ended.peak_bytes,
+        };
+        if let Some(cgroup) = &self.cgroup {
+            let usage = cgroup.usage();
+            exited.user_us = usage.user_us.max(exited.user_us);
+            exited.system_us = usage.system_us.max(exited.system_us);
+            if let Some((peak, killed)) = cgroup.memory() {
+                exited.peak_memory_bytes = peak;
+                exited.oom_killed = killed;
+            }
+        }
+        self.exited = Some(exited);
         self.stdin.pipe = None;
         self.stdout.end();
         self.stderr.end();
     }
 
-    /// How the program ended, once there is no more to send of it.
-    pub fn over(&self) -> Option<Exited> {
-        let drained = self.stdout.pipe.is_none() && self.stderr.pipe.is_none();
-        let status = self.status.filter(|_| drained)?;
-        Some(Exited {
-            status: Some(status),
+    /// How the request ended, once there is no more to send of it.
+    pub fn over(&self) -> Option<Kind> {
+        let drained = self.stdout.pipe().is_none() && self.stderr.pipe().is_none();
+        let exited = self.exited.filter(|_| drained)?;
+        let Role::Helper { report, cancelled } = &self.role else {
+            return Some(Kind::Exited(exited));
+        };
+        use guest_agent::proto::exited::Status;
+        Some(match exited.status {
+            Some(Status::Code(0)) => Kind::Done(Done {}),
+            _ if *cancelled => {
+                Kind::Error(Failure::new(ErrorCode::Cancelled, "the request was cancelled").into())
+            }
+            status => Kind::Error(match Error::decode(report.as_slice()) {
+                Ok(error) if !error.message.is_empty() => error,
+                _ => Failure::internal("the agent's helper", format!("it ended with {status:?}"))
+                    .into(),
+            }),
         })
-    }
-}
-
-impl Source {
-    /// Reads once, as much as there is credit for.
-    fn pump(&mut self, scratch: &mut [u8], send: impl FnOnce(Vec<u8>)) {
-        let Some(pipe) = &self.pipe else { return };
-        let limit = u64::from(self.credit)
-            .min(self.left.unwrap_or(u64::MAX))
-            .min(MAX_DATA as u64);
-        let limit = usize::try_from(limit).unwrap_or(0).min(scratch.len());
-        let Some(scratch) = scratch
-            .get_mut(..limit)
-            .filter(|scratch| !scratch.is_empty())
-        else {
-            return;
-        };
-        let data = match read(pipe, &mut *scratch) {
-            Ok(count) => scratch.get(..count).unwrap_or_default(),
-            Err(Errno::INTR | Errno::AGAIN) => return,
-            Err(_) => &[],
-        };
-        if data.is_empty() {
-            self.pipe = None;
-            return;
-        }
-        // At most MAX_DATA, so neither subtraction can wrap nor the conversion fail.
-        self.credit -= u32::try_from(data.len()).unwrap_or(self.credit);
-        if let Some(left) = &mut self.left {
-            *left = left.saturating_sub(data.len() as u64);
-        }
-        send(data.to_vec());
-        self.close_if_drained();
-    }
-
-    /// The process has ended: what others write from now on is not ours to send.
-    fn end(&mut self) {
-        if let Some(pipe) = &self.pipe {
-            self.left = Some(ioctl_fionread(pipe).unwrap_or(0));
-            self.close_if_drained();
-        }
-    }
-
-    fn close_if_drained(&mut self) {
-        if self.left == Some(0) {
-            self.pipe = None;
-        }
     }
 }

@@ -8,15 +8,15 @@
 use std::fs::{DirBuilder, File};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::{Path, PathBuf};
 
 use guest_agent::proto::{EnvVar, ErrorCode, Exec, Language, RunCode};
 
 use crate::failure::Failure;
 
-/// Where sources live: in the guest a tmpfs that only root reaches.
-const GUEST_DIRECTORY: &str = "/run/bough";
+/// Where sources live: in the guest a tmpfs. Users can go through the directory, not look around.
+const GUEST_DIRECTORY: &str = "/run/code";
 
 /// The longest source that is passed as an argument. The kernel's limit is 128 KiB (MAX_ARG_STRLEN).
 const MAX_ARGUMENT: usize = 64 * 1024;
@@ -30,15 +30,23 @@ pub struct SourceFile {
 impl Drop for SourceFile {
     fn drop(&mut self) {
         // Whatever is left behind, the guest's tmpfs goes with the guest.
-        let _ = std::fs::remove_file(&self.file);
-        let _ = std::fs::remove_dir(&self.directory);
+        // A directory that its user has put more into goes with all of that.
+        let _ = std::fs::remove_dir_all(&self.directory);
     }
 }
 
 impl SourceFile {
-    fn create(number: u64, name: &str, source: &[u8]) -> std::io::Result<Self> {
+    fn create(
+        number: u64,
+        name: &str,
+        source: &[u8],
+        owner: Option<(u32, u32)>,
+    ) -> std::io::Result<Self> {
         let base = if std::process::id() == 1 {
-            PathBuf::from(GUEST_DIRECTORY)
+            match DirBuilder::new().mode(0o711).create(GUEST_DIRECTORY) {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error)?,
+                _ => PathBuf::from(GUEST_DIRECTORY),
+            }
         } else {
             std::env::temp_dir()
         };
@@ -48,16 +56,25 @@ impl SourceFile {
         let file = directory.join(name);
         let this = Self { directory, file };
         File::create_new(&this.file)?.write_all(source)?;
+        if let Some((uid, gid)) = owner {
+            // The file first: from then on the directory is theirs to play with.
+            chown(&this.file, Some(uid), Some(gid))?;
+            chown(&this.directory, Some(uid), Some(gid))?;
+        }
         Ok(this)
     }
 }
 
 /// What to execute for a piece of source code, and the file to keep for as long as it runs.
-/// `number` makes the file's directory unique within this agent.
+/// `number` makes the file's directory unique within this agent; `owner` is who runs it.
 ///
 /// # Errors
 /// A failure that names the field that is wrong, or the file that cannot be written.
-pub fn prepare(code: RunCode, number: u64) -> Result<(Exec, Option<SourceFile>), Failure> {
+pub fn prepare(
+    code: RunCode,
+    number: u64,
+    owner: Option<(u32, u32)>,
+) -> Result<(Exec, Option<SourceFile>), Failure> {
     let invalid = |message: String| Failure::new(ErrorCode::InvalidArgument, message);
     let (interpreter, default_name) = match code.language() {
         // Each directory that is searched in vain costs a guest some disk reads.
@@ -84,7 +101,7 @@ pub fn prepare(code: RunCode, number: u64) -> Result<(Exec, Option<SourceFile>),
         argv.extend([b"-c".to_vec(), code.source, name.as_bytes().to_vec()]);
         None
     } else {
-        let file = SourceFile::create(number, name, &code.source)
+        let file = SourceFile::create(number, name, &code.source, owner)
             .map_err(|error| Failure::internal("write the source file", error))?;
         argv.push(file.file.as_os_str().as_bytes().to_vec());
         Some(file)
@@ -101,6 +118,10 @@ pub fn prepare(code: RunCode, number: u64) -> Result<(Exec, Option<SourceFile>),
         clear_env: code.clear_env,
         cwd: code.cwd,
         stdin: code.stdin,
+        pty: code.pty,
+        user: code.user,
+        limits: code.limits,
+        timeout_ms: code.timeout_ms,
     };
     Ok((exec, file))
 }

@@ -6,21 +6,21 @@
 
 use std::convert::Infallible;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::time::Instant;
 
 use guest_agent::proto::{Feature, Hello, MAX_DATA, Shutdown, Stream};
 use guest_agent::version::SUPPORTED;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::{SocketFlags, accept_with};
-use rustix::process::{WaitOptions, wait};
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use crate::cgroup::{Cgroup, Cgroups};
 use crate::connection::{Connection, Context};
 use crate::failure::Failure;
-use crate::power;
 use crate::program::STDIN_WINDOW;
 use crate::signals::Signals;
+use crate::{power, sys};
 
 /// The most clients at once; more wait in the listener's queue.
 const MAX_CONNECTIONS: usize = 256;
@@ -41,13 +41,15 @@ enum Token {
 /// Everything that the agent serves.
 pub struct Server {
     is_init: bool,
-    home: PathBuf,
     boot_id: [u8; 16],
     signals: Signals,
     listeners: Vec<OwnedFd>,
     connections: Vec<Connection>,
     scratch: Vec<u8>,
     source_files: u64,
+    cgroups: Cgroups,
+    /// Control groups that are to be removed as soon as their last process is gone.
+    remains: Vec<Cgroup>,
     shutdown: Option<Shutdown>,
 }
 
@@ -61,20 +63,16 @@ impl Server {
         // It tells boots apart and keeps no secret, so there is no waiting for entropy.
         getrandom(&mut boot_id, GetRandomFlags::INSECURE)
             .map_err(|errno| Failure::internal("getrandom", errno))?;
-        let home = if is_init {
-            PathBuf::from(crate::init::HOME)
-        } else {
-            std::env::current_dir().unwrap_or_else(|_| "/".into())
-        };
         Ok(Self {
             is_init,
-            home,
             boot_id,
             signals: Signals::new(is_init)?,
             listeners: Vec::new(),
             connections: Vec::new(),
             scratch: vec![0; SCRATCH],
             source_files: 0,
+            cgroups: Cgroups::new(is_init),
+            remains: Vec::new(),
             shutdown: None,
         })
     }
@@ -101,9 +99,15 @@ impl Server {
             Feature::Exec.into(),
             Feature::Python.into(),
             Feature::Shell.into(),
+            Feature::Pty.into(),
+            Feature::Files.into(),
         ];
         if self.is_init {
+            features.push(Feature::User.into());
             features.push(Feature::Shutdown.into());
+        }
+        if self.cgroups.are_available() {
+            features.push(Feature::Limits.into());
         }
         Hello {
             min_version: SUPPORTED.min,
@@ -168,7 +172,8 @@ impl Server {
             }
         }
 
-        match poll(&mut fds, None) {
+        let deadline = self.connections.iter().filter_map(Connection::deadline);
+        match poll(&mut fds, deadline.min().map(time_until).as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(Failure::internal("poll", errno)),
         }
@@ -195,16 +200,25 @@ impl Server {
                 Token::Listener(index) => self.accept(index),
             }
         }
-        if self.signals.take_missed() {
-            self.reap();
-        }
+        let now = self.has_deadlines().then(Instant::now);
         for connection in &mut self.connections {
-            connection.report();
+            if let Some(now) = now {
+                connection.check_deadlines(now);
+            }
+            connection.report(&mut self.scratch);
             if connection.wants_to_send() {
                 connection.flush();
             }
+            self.remains.extend(connection.take_remains());
         }
+        self.remains.retain(|cgroup| !cgroup.remove());
         self.connections.retain(|connection| !connection.is_over());
+    }
+
+    fn has_deadlines(&self) -> bool {
+        self.connections
+            .iter()
+            .any(|connection| connection.deadline().is_some())
     }
 
     fn take_signals(&mut self) {
@@ -219,9 +233,9 @@ impl Server {
 
     /// Reaps every child that has ended: programs, and orphans that nobody else waits for.
     fn reap(&mut self) {
-        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
+        while let Some(ended) = sys::reap() {
             let mut connections = self.connections.iter_mut();
-            connections.any(|connection| connection.reaped(pid, status));
+            connections.any(|connection| connection.reaped(&ended));
         }
     }
 
@@ -231,12 +245,11 @@ impl Server {
         };
         if flags.contains(PollFlags::IN) && connection.wants_requests() {
             connection.receive(&mut Context {
-                home: &self.home,
                 scratch: &mut self.scratch,
                 source_files: &mut self.source_files,
                 is_init: self.is_init,
                 shutdown: &mut self.shutdown,
-                signals: &self.signals,
+                cgroups: &mut self.cgroups,
             });
         } else if flags.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
             connection.hung_up();
@@ -253,5 +266,14 @@ impl Server {
         if let Ok(socket) = accept_with(listener, flags) {
             self.connections.push(Connection::new(socket, self.hello()));
         }
+    }
+}
+
+/// How long until a moment. A moment that has passed is now.
+fn time_until(moment: Instant) -> Timespec {
+    let left = moment.saturating_duration_since(Instant::now());
+    Timespec {
+        tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
+        tv_nsec: left.subsec_nanos().into(),
     }
 }

@@ -1,10 +1,8 @@
 //! Signals as something to poll for.
 //!
-//! A signalfd wants its signals blocked, and a blocked signal stays blocked in the
-//! programs that the agent starts. So they are let through while it starts one. A
-//! SIGCHLD that comes just then is lost, and the children must be looked at once more.
+//! A signalfd wants its signals blocked, and a blocked signal stays blocked in children:
+//! they let it through themselves (`sys::usual_signals`).
 
-use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::sys::signal::{SigSet, Signal};
@@ -15,8 +13,6 @@ use crate::failure::Failure;
 /// The signals that the agent waits for.
 pub struct Signals {
     fd: SignalFd,
-    mask: SigSet,
-    missed: Cell<bool>,
 }
 
 /// What the signals that came say.
@@ -44,31 +40,12 @@ impl Signals {
             .map_err(|errno| Failure::internal("sigprocmask", errno))?;
         let fd = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|errno| Failure::internal("signalfd", errno))?;
-        Ok(Self {
-            fd,
-            mask,
-            missed: Cell::new(false),
-        })
+        Ok(Self { fd })
     }
 
     /// Readable when a signal has come.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
-    }
-
-    /// Runs `start` such that a process that it starts has no signal blocked.
-    pub fn unblocked<T>(&self, start: impl FnOnce() -> T) -> T {
-        // Neither can fail: the mask is a valid one.
-        let _ = self.mask.thread_unblock();
-        let result = start();
-        let _ = self.mask.thread_block();
-        self.missed.set(true);
-        result
-    }
-
-    /// Whether a SIGCHLD may have been lost since this was last asked.
-    pub fn take_missed(&self) -> bool {
-        self.missed.take()
     }
 
     /// Takes the signals that have come.

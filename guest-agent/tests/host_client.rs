@@ -280,7 +280,10 @@ fn agents_that_lie_are_found_out() {
         Some(Status::Code(256)),
         Some(Status::Signal(u32::MAX)),
     ] {
-        let exited = message(Kind::Exited(Exited { status }));
+        let exited = message(Kind::Exited(Exited {
+            status,
+            ..Exited::default()
+        }));
         let error = against(frames(&[hello(1, 1), exited])).unwrap_err();
         assert!(matches!(error, AgentError::Protocol { .. }), "{error}");
     }

@@ -125,8 +125,8 @@ fn an_ordinary_process_does_not_end_the_machine() {
 fn an_unknown_request_is_answered() {
     let agent = TestAgent::start();
     let mut client = agent.connect();
-    // Request id 5, and a kind with the number 40.
-    client.send_raw(&[5, 0, 0, 0, 0x08, 5, 0xc2, 0x02, 0]);
+    // Request id 5, and a kind with the number 400.
+    client.send_raw(&[5, 0, 0, 0, 0x08, 5, 0x82, 0x19, 0]);
     let answer = client.receive().unwrap();
     assert_eq!(answer.request_id, 5);
     let Some(Kind::Error(error)) = answer.kind else {
