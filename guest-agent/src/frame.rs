@@ -14,7 +14,7 @@ pub const MAX_MESSAGE: usize = 1 << 20;
 const HEADER: usize = 4;
 
 /// What is wrong with a frame.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, Error)]
 pub enum FrameError {
     /// A frame says that it is longer than [`MAX_MESSAGE`].
     #[error("a frame of {length} bytes is over the limit of {MAX_MESSAGE}")]

@@ -7,4 +7,5 @@
 
 pub mod frame;
 pub mod proto;
+pub mod tree;
 pub mod version;

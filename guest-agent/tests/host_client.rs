@@ -151,7 +151,7 @@ impl Write for Closing {
 #[test]
 fn a_program_without_a_reader_is_killed() {
     let agent = TestAgent::start();
-    let mut client = connect(&agent);
+    let client = connect(&agent);
     let stdio = Stdio {
         stdin: Stdin::Null,
         stdout: &mut Closing(1_000_000),
@@ -200,7 +200,7 @@ fn the_monitor_is_asked_for_the_port() {
         let (mut from, mut to) = (stream, agent);
         let _ = io::copy(&mut from, &mut to);
     });
-    let mut client = Agent::connect(&path, vmm::agent::AGENT_PORT, soon()).unwrap();
+    let client = Agent::connect(&path, vmm::agent::AGENT_PORT, soon()).unwrap();
     client.ping().unwrap();
 }
 

@@ -1,33 +1,43 @@
 //! The host's side of the agent channel: run programs in the guest.
 //!
-//! An [`Agent`] is one connection, on which this side runs one request at a time.
+//! An [`Agent`] is one connection. Any number of threads may use it, or clones of it, at once:
+//! each call is a request of its own, and they do not wait for each other.
 //! The contract, and what a client may rely on, is `guest-agent/proto/agent.proto`.
 //! The agent may be hostile: what it sends is bounded, and its texts are made fit
 //! for a terminal before anybody sees them.
 
 mod channel;
+mod content;
+mod files;
+mod link;
 mod stdio;
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use guest_agent::frame::FrameError;
 use guest_agent::proto::{
-    DEFAULT_OUTPUT_WINDOW, ErrorCode, FromAgent, Hello, Ping, Shutdown, Stream, exited, from_agent,
+    DEFAULT_OUTPUT_WINDOW, ErrorCode, Exited, Hello, Ping, Shutdown, Stream, exited, from_agent,
     to_agent,
 };
 use guest_agent::version::{SUPPORTED, VersionRange};
 use thiserror::Error;
 
 use channel::Channel;
+use link::{Event, Link, Owner, Request};
 use stdio::{Input, Sink};
 
+pub use files::WriteOptions;
+pub use link::Controller;
 pub use stdio::{Stdin, Stdio};
 
 pub use guest_agent::proto::{
-    AGENT_PORT, EnvVar, Exec as ExecRequest, Language, RunCode as RunCodeRequest, ShutdownMode,
+    AGENT_PORT, EnvVar, Exec as ExecRequest, FileInfo, FileKind, Language, Limits, Pty,
+    RunCode as RunCodeRequest, ShutdownMode, WatchEvent, WatchKind,
 };
+pub use guest_agent::tree::TreeError;
 
 /// The longest answer to CONNECT, in bytes: "OK 4294967295\n".
 const MAX_ANSWER: usize = 16;
@@ -99,6 +109,12 @@ pub enum AgentError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// What is to be sent cannot be read.
+    #[error("cannot read what is to be written: {0}")]
+    Source(#[source] std::io::Error),
+    /// A tree of files of this host cannot be read or written.
+    #[error(transparent)]
+    Tree(TreeError),
 }
 
 impl AgentError {
@@ -137,11 +153,31 @@ impl ExitStatus {
     }
 }
 
-/// A connection to the guest agent.
+/// How a program ended, and what it used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// How.
+    pub status: ExitStatus,
+    /// Whether its time (`timeout_ms`) was over.
+    pub timed_out: bool,
+    /// Whether a process was killed for going over the limit on memory.
+    pub oom_killed: bool,
+    /// Processor time in user mode, with that of all that it has started.
+    pub user_time: Duration,
+    /// Processor time in the kernel, likewise.
+    pub system_time: Duration,
+    /// The most memory that it used, in bytes.
+    pub peak_memory: u64,
+}
+
+/// A connection to the guest agent. A clone is another handle to the same connection, which ends
+/// with the last of them.
+#[derive(Clone)]
 pub struct Agent {
-    channel: Channel,
-    hello: Hello,
-    last_id: u32,
+    owner: Arc<Owner>,
+    hello: Arc<Hello>,
+    /// Who requests about files are done as; empty for the agent's default.
+    file_user: String,
 }
 
 impl Agent {
@@ -203,9 +239,9 @@ impl Agent {
         };
         channel.send(0, to_agent::Kind::Hello(ours))?;
         Ok(Self {
-            channel,
-            hello,
-            last_id: 0,
+            owner: Link::start(channel)?,
+            hello: Arc::new(hello),
+            file_user: String::new(),
         })
     }
 
@@ -215,34 +251,69 @@ impl Agent {
         &self.hello
     }
 
+    /// The same connection, whose requests about files are done as `user`: a name, "uid" or
+    /// "uid:gid". Empty for the agent's default, who has no privileges.
+    #[must_use]
+    pub fn as_user(&self, user: &str) -> Self {
+        let file_user = user.to_owned();
+        Self {
+            file_user,
+            ..self.clone()
+        }
+    }
+
     /// From now on, requests end with [`AgentError::TimedOut`] at this moment; `None` for never.
-    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
-        self.channel.deadline = deadline;
+    /// It holds for the connection: for every handle to it.
+    pub fn set_deadline(&self, deadline: Option<Instant>) {
+        self.owner.0.set_deadline(deadline);
     }
 
     /// Asks for a sign of life, and says how long it took.
     ///
     /// # Errors
     /// All that a broken or silent connection can lead to.
-    pub fn ping(&mut self) -> Result<Duration, AgentError> {
+    pub fn ping(&self) -> Result<Duration, AgentError> {
         let start = Instant::now();
-        let id = self.request(to_agent::Kind::Ping(Ping {}))?;
-        match self.reply(id)? {
+        match Request::start(&self.owner, to_agent::Kind::Ping(Ping {}))?.end()? {
             from_agent::Kind::Pong(_) => Ok(start.elapsed()),
             _ => Err(UNEXPECTED),
         }
     }
 
-    /// Runs a program and waits for its end. The request's `stdin` is set from `stdio`.
+    /// Starts a program. The request's `stdin` says whether it will read what is given to
+    /// [`Running::communicate`].
+    ///
+    /// # Errors
+    /// All that a broken or silent connection can lead to; a refusal comes later.
+    pub fn start(&self, request: ExecRequest) -> Result<Running, AgentError> {
+        self.running(to_agent::Kind::Exec(request))
+    }
+
+    /// Starts a piece of source code, as [`Self::start`] does a program.
+    ///
+    /// # Errors
+    /// As [`Self::start`]; [`AgentError::Frame`] if the source is longer than a frame may be.
+    pub fn start_code(&self, request: RunCodeRequest) -> Result<Running, AgentError> {
+        self.running(to_agent::Kind::RunCode(request))
+    }
+
+    fn running(&self, kind: to_agent::Kind) -> Result<Running, AgentError> {
+        Ok(Running {
+            request: Request::start(&self.owner, kind)?,
+            stdin_window: self.hello.stdin_window,
+        })
+    }
+
+    /// Runs a program and waits for its end. The request's `stdin` is set from `stdio`. What it
+    /// used is told by [`Self::start`] and [`Running::communicate`].
     ///
     /// # Errors
     /// [`AgentError::Refused`] if it could not be started, [`AgentError::Output`] if a sink failed
     /// (the program was killed), and all that a broken or silent connection can lead to.
-    pub fn exec(&mut self, request: ExecRequest, stdio: Stdio) -> Result<ExitStatus, AgentError> {
+    pub fn exec(&self, request: ExecRequest, stdio: Stdio) -> Result<ExitStatus, AgentError> {
         let stdin = !matches!(stdio.stdin, Stdin::Null);
-        let request = ExecRequest { stdin, ..request };
-        let id = self.request(to_agent::Kind::Exec(request))?;
-        self.follow(id, stdio)
+        let running = self.start(ExecRequest { stdin, ..request })?;
+        Ok(running.communicate(stdio)?.status)
     }
 
     /// Runs a piece of source code and waits for its end. The request's `stdin` is set from `stdio`.
@@ -250,14 +321,13 @@ impl Agent {
     /// # Errors
     /// As [`Self::exec`]; [`AgentError::Frame`] if the source is longer than a frame may be.
     pub fn run_code(
-        &mut self,
+        &self,
         request: RunCodeRequest,
         stdio: Stdio,
     ) -> Result<ExitStatus, AgentError> {
         let stdin = !matches!(stdio.stdin, Stdin::Null);
-        let request = RunCodeRequest { stdin, ..request };
-        let id = self.request(to_agent::Kind::RunCode(request))?;
-        self.follow(id, stdio)
+        let running = self.start_code(RunCodeRequest { stdin, ..request })?;
+        Ok(running.communicate(stdio)?.status)
     }
 
     /// Asks the guest to end, and comes back when it has begun to. Processes get `grace`
@@ -265,95 +335,98 @@ impl Agent {
     ///
     /// # Errors
     /// All that a broken or silent connection can lead to.
-    pub fn shutdown(&mut self, mode: ShutdownMode, grace: Duration) -> Result<(), AgentError> {
+    pub fn shutdown(&self, mode: ShutdownMode, grace: Duration) -> Result<(), AgentError> {
         let shutdown = Shutdown {
             mode: mode.into(),
             grace_ms: grace.as_millis().try_into().unwrap_or(u32::MAX),
         };
-        let id = self.request(to_agent::Kind::Shutdown(shutdown))?;
-        match self.reply(id)? {
+        match Request::start(&self.owner, to_agent::Kind::Shutdown(shutdown))?.end()? {
             from_agent::Kind::ShuttingDown(_) => Ok(()),
             _ => Err(UNEXPECTED),
         }
     }
+}
 
-    fn request(&mut self, kind: to_agent::Kind) -> Result<u32, AgentError> {
-        // No request lasts until the numbers come round again: they run one at a time.
-        self.last_id = self.last_id.checked_add(1).unwrap_or(1);
-        self.channel.send(self.last_id, kind)?;
-        Ok(self.last_id)
+/// A program that was asked for. If this is dropped before the program's end, the program is
+/// killed, with every process that it has started.
+pub struct Running {
+    request: Request,
+    stdin_window: u32,
+}
+
+impl Running {
+    /// What steers it while [`Self::communicate`] waits.
+    #[must_use]
+    pub fn controller(&self) -> Controller {
+        self.request.controller()
     }
 
-    fn reply(&mut self, id: u32) -> Result<from_agent::Kind, AgentError> {
-        loop {
-            let message = self.channel.receive()?;
-            if let Some(kind) = concerning(id, message)? {
-                return Ok(kind);
-            }
+    /// Waits until it runs, and says its process id in the guest. To be asked once.
+    ///
+    /// # Errors
+    /// [`AgentError::Refused`] if it could not be started, and those of the connection.
+    pub fn pid(&mut self) -> Result<u32, AgentError> {
+        match self.request.next()? {
+            Event::Started(pid) => Ok(pid),
+            _ => Err(UNEXPECTED),
         }
     }
 
-    /// Moves a program's data until it ends.
-    fn follow(&mut self, id: u32, stdio: Stdio) -> Result<ExitStatus, AgentError> {
-        let mut input = Input::new(stdio.stdin, self.hello.stdin_window);
+    /// Moves its data until it ends.
+    ///
+    /// # Errors
+    /// As [`Agent::exec`].
+    pub fn communicate(mut self, stdio: Stdio) -> Result<Ended, AgentError> {
+        let mut input = Input::new(stdio.stdin, self.stdin_window);
         let mut stdout = Sink::new(stdio.stdout, Stream::Stdout, "standard output");
         let mut stderr = Sink::new(stdio.stderr, Stream::Stderr, "standard error");
         let mut failure = None;
         loop {
-            while let Some(message) = self.channel.received()? {
-                let result = match concerning(id, message)? {
-                    Some(from_agent::Kind::Stdout(out)) => {
-                        stdout.take(&out.data, id, &mut self.channel)
-                    }
-                    Some(from_agent::Kind::Stderr(out)) => {
-                        stderr.take(&out.data, id, &mut self.channel)
-                    }
-                    Some(from_agent::Kind::Credit(credit)) => {
-                        input.credit = input.credit.saturating_add(credit.bytes);
+            while let Some(event) = self.request.take()? {
+                let result = match event {
+                    Event::Data(Stream::Stderr, data) => stderr.take(&data, &self.request),
+                    Event::Data(_, data) => stdout.take(&data, &self.request),
+                    Event::Credit(credit) => {
+                        input.credit = input.credit.saturating_add(credit);
                         Ok(())
                     }
-                    Some(from_agent::Kind::Exited(exited)) => {
-                        let status = exit_status(exited.status)?;
-                        return failure.map_or(Ok(status), Err);
+                    Event::Started(_) => Ok(()),
+                    Event::End(from_agent::Kind::Exited(exited)) => {
+                        let ended = ended(&exited)?;
+                        return failure.map_or(Ok(ended), Err);
                     }
-                    Some(from_agent::Kind::Started(_)) | None => Ok(()),
-                    Some(_) => return Err(UNEXPECTED),
+                    Event::End(_) => return Err(UNEXPECTED),
                 };
                 if let Err(error) = result {
                     // The program has lost its reader: it ends, and is waited for.
                     if failure.is_none() {
-                        let cancel = guest_agent::proto::Cancel {};
-                        self.channel.send(id, to_agent::Kind::Cancel(cancel))?;
+                        self.controller().cancel()?;
                         failure = Some(error);
                     }
                 }
             }
-            input.send_bytes(id, &mut self.channel)?;
-            let source = input.ready_to_read().filter(|_| self.channel.may_send());
-            if self.channel.wait(source)? {
-                input.read(id, &mut self.channel)?;
+            input.send_bytes(&self.request)?;
+            if self.request.wait(input.ready_to_read())? {
+                input.read(&self.request)?;
             }
         }
     }
+}
+
+fn ended(exited: &Exited) -> Result<Ended, AgentError> {
+    Ok(Ended {
+        status: exit_status(exited.status)?,
+        timed_out: exited.timed_out,
+        oom_killed: exited.oom_killed,
+        user_time: Duration::from_micros(exited.user_us),
+        system_time: Duration::from_micros(exited.system_us),
+        peak_memory: exited.peak_memory_bytes,
+    })
 }
 
 const UNEXPECTED: AgentError = AgentError::Protocol {
     what: "a reply of the wrong kind",
 };
-
-/// What a message says about a request; `None` if it is about another, which has been given up.
-fn concerning(id: u32, message: FromAgent) -> Result<Option<from_agent::Kind>, AgentError> {
-    match message.kind {
-        Some(from_agent::Kind::Error(error)) if [0, id].contains(&message.request_id) => {
-            Err(AgentError::Refused {
-                code: error.code(),
-                message: printable(&error.message),
-            })
-        }
-        kind if message.request_id == id => Ok(kind),
-        _ => Ok(None),
-    }
-}
 
 fn exit_status(status: Option<exited::Status>) -> Result<ExitStatus, AgentError> {
     let what = "an exit status out of range";

@@ -1,11 +1,7 @@
-//! A stream of frames over a Unix socket, with a deadline.
-//!
-//! Neither direction ever blocks without the other: a host that only writes and a
-//! guest that only writes would wait for each other for ever. What the guest sends
-//! is hostile; at most one frame and one read of it are held.
+//! The beginning of a connection, by one thread with a deadline: the monitor's answer and
+//! the Hellos. What the guest sends is hostile; at most one frame and one read of it are held.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
@@ -23,7 +19,7 @@ pub struct Channel {
     out: Vec<u8>,
     scratch: Vec<u8>,
     /// When to give up; `None` for never.
-    pub deadline: Option<Instant>,
+    deadline: Option<Instant>,
 }
 
 impl Channel {
@@ -59,16 +55,11 @@ impl Channel {
         self.out.extend_from_slice(bytes);
     }
 
-    /// Whether so little is queued that more may be.
-    pub fn may_send(&self) -> bool {
-        self.out.len() < MAX_DATA
-    }
-
     /// A message that has come already.
     ///
     /// # Errors
     /// [`AgentError::Frame`] if what came is no message.
-    pub fn received(&mut self) -> Result<Option<FromAgent>, AgentError> {
+    fn received(&mut self) -> Result<Option<FromAgent>, AgentError> {
         self.frames.next_message().map_err(AgentError::Frame)
     }
 
@@ -81,7 +72,7 @@ impl Channel {
             if let Some(message) = self.received()? {
                 return Ok(message);
             }
-            self.wait(None)?;
+            self.wait()?;
         }
     }
 
@@ -102,49 +93,52 @@ impl Channel {
                 let answer = String::from_utf8_lossy(bytes).into_owned();
                 return Err(AgentError::NotAccepted { answer });
             }
-            self.wait(None)?;
+            self.wait()?;
         }
     }
 
-    /// Waits until something comes from the agent or `input` is readable, sending what is queued
-    /// meanwhile; says whether `input` is ready.
+    /// Waits until something comes from the agent, sending what is queued meanwhile.
     ///
     /// # Errors
     /// [`AgentError::TimedOut`], [`AgentError::Disconnected`] and [`AgentError::Socket`].
-    pub fn wait(&mut self, input: Option<BorrowedFd<'_>>) -> Result<bool, AgentError> {
+    fn wait(&mut self) -> Result<(), AgentError> {
         self.flush()?;
-        let timeout = match self.deadline {
-            None => None,
-            Some(deadline) => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(AgentError::TimedOut);
-                }
-                Some(Timespec {
-                    tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
-                    tv_nsec: left.subsec_nanos().into(),
-                })
-            }
-        };
         let mut interest = PollFlags::IN;
         interest.set(PollFlags::OUT, !self.out.is_empty());
-        let socket = PollFd::from_borrowed_fd(self.socket.as_fd(), interest);
-        // Without an input, the socket twice: an array is simpler than a vector, and as true.
-        let (second, count) = match input {
-            Some(input) => (PollFd::from_borrowed_fd(input, PollFlags::IN), 2),
-            None => (socket.clone(), 1),
-        };
-        let mut fds = [socket, second];
-        match poll(fds.get_mut(..count).unwrap_or_default(), timeout.as_ref()) {
-            Ok(_) => {}
-            Err(Errno::INTR) => return Ok(false),
-            Err(errno) => return Err(AgentError::Socket(errno.into())),
-        }
-        let [socket, second] = fds.map(|fd| fd.revents());
-        if !socket.difference(PollFlags::OUT).is_empty() {
+        if !self.poll(interest)?.difference(PollFlags::OUT).is_empty() {
             self.read()?;
         }
-        Ok(count == 2 && !second.is_empty())
+        Ok(())
+    }
+
+    /// Sends all that is queued.
+    ///
+    /// # Errors
+    /// As [`Self::receive`].
+    pub fn flush_all(&mut self) -> Result<(), AgentError> {
+        self.flush()?;
+        while !self.out.is_empty() {
+            self.poll(PollFlags::OUT)?;
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn poll(&self, interest: PollFlags) -> Result<PollFlags, AgentError> {
+        let timeout = timeout_until(self.deadline)?;
+        let mut fds = [PollFd::new(&self.socket, interest)];
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(PollFlags::empty()),
+            Err(errno) => return Err(AgentError::Socket(errno.into())),
+        }
+        let [socket] = fds;
+        Ok(socket.revents())
+    }
+
+    /// What goes on after the handshake: the socket, what came and was not looked at, the deadline.
+    pub fn into_parts(self) -> (UnixStream, FrameBuffer, Option<Instant>) {
+        (self.socket, self.frames, self.deadline)
     }
 
     fn read(&mut self) -> Result<(), AgentError> {
@@ -179,4 +173,22 @@ fn tolerate(error: io::Error) -> Result<(), AgentError> {
         BrokenPipe | ConnectionReset => Err(AgentError::Disconnected),
         _ => Err(AgentError::Socket(error)),
     }
+}
+
+/// How long poll(2) may wait; `None` for ever.
+///
+/// # Errors
+/// [`AgentError::TimedOut`] if the moment has passed.
+pub fn timeout_until(deadline: Option<Instant>) -> Result<Option<Timespec>, AgentError> {
+    let Some(deadline) = deadline else {
+        return Ok(None);
+    };
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(AgentError::TimedOut);
+    }
+    Ok(Some(Timespec {
+        tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
+        tv_nsec: left.subsec_nanos().into(),
+    }))
 }

@@ -8,12 +8,12 @@ use std::io::Write;
 use std::os::fd::BorrowedFd;
 
 use guest_agent::proto::{
-    Credit, DEFAULT_OUTPUT_WINDOW, MAX_DATA, StdinClose, StdinData, Stream, to_agent,
+    DEFAULT_OUTPUT_WINDOW, MAX_DATA, StdinClose, StdinData, Stream, to_agent,
 };
 use rustix::io::Errno;
 
 use super::AgentError;
-use super::channel::Channel;
+use super::link::Request;
 
 /// Where a program's standard input comes from.
 #[derive(Clone, Copy, Debug)]
@@ -63,26 +63,26 @@ impl<'a> Input<'a> {
         }
     }
 
-    fn send(&mut self, data: &[u8], id: u32, channel: &mut Channel) -> Result<(), AgentError> {
+    fn send(&mut self, data: &[u8], request: &Request) -> Result<(), AgentError> {
         // Never more than the credit: both callers ask for `room` first.
         self.credit -= u32::try_from(data.len()).unwrap_or(self.credit);
         let data = data.to_vec();
-        channel.send(id, to_agent::Kind::StdinData(StdinData { data }))
+        request.send(to_agent::Kind::StdinData(StdinData { data }))
     }
 
-    fn close(&mut self, id: u32, channel: &mut Channel) -> Result<(), AgentError> {
+    fn close(&mut self, request: &Request) -> Result<(), AgentError> {
         self.source = Stdin::Null;
-        channel.send(id, to_agent::Kind::StdinClose(StdinClose {}))
+        request.send(to_agent::Kind::StdinClose(StdinClose {}))
     }
 
     /// Sends what there is credit for, if the input lies in memory.
-    pub fn send_bytes(&mut self, id: u32, channel: &mut Channel) -> Result<(), AgentError> {
+    pub fn send_bytes(&mut self, request: &Request) -> Result<(), AgentError> {
         while let Stdin::Bytes(bytes) = self.source {
             if bytes.is_empty() {
-                self.close(id, channel)?;
-            } else if self.credit > 0 && channel.may_send() {
+                self.close(request)?;
+            } else if self.credit > 0 {
                 let (now, later) = bytes.split_at(self.room().min(bytes.len()));
-                self.send(now, id, channel)?;
+                self.send(now, request)?;
                 self.source = Stdin::Bytes(later);
             } else {
                 break;
@@ -92,15 +92,15 @@ impl<'a> Input<'a> {
     }
 
     /// Reads once from a descriptor that is ready.
-    pub fn read(&mut self, id: u32, channel: &mut Channel) -> Result<(), AgentError> {
+    pub fn read(&mut self, request: &Request) -> Result<(), AgentError> {
         let Stdin::Fd(fd) = self.source else {
             return Ok(());
         };
         let mut buffer = vec![0; self.room()];
         match rustix::io::read(fd, &mut buffer) {
             // A standard input that was closed from the start is one that has ended.
-            Ok(0) | Err(Errno::BADF) => self.close(id, channel),
-            Ok(count) => self.send(buffer.get(..count).unwrap_or_default(), id, channel),
+            Ok(0) | Err(Errno::BADF) => self.close(request),
+            Ok(count) => self.send(buffer.get(..count).unwrap_or_default(), request),
             Err(Errno::AGAIN | Errno::INTR) => Ok(()),
             Err(errno) => Err(AgentError::Stdin(errno.into())),
         }
@@ -129,17 +129,13 @@ impl<'a> Sink<'a> {
     }
 
     /// Writes output, and gives its credit back. A sink that has failed swallows the rest.
-    pub fn take(&mut self, data: &[u8], id: u32, channel: &mut Channel) -> Result<(), AgentError> {
+    pub fn take(&mut self, data: &[u8], request: &Request) -> Result<(), AgentError> {
         self.taken = self
             .taken
             .saturating_add(data.len().try_into().unwrap_or(u32::MAX));
         // Not for every few bytes: a credit is a message, and a quarter keeps the agent going.
         if self.taken >= DEFAULT_OUTPUT_WINDOW / 4 {
-            let credit = Credit {
-                stream: self.stream.into(),
-                bytes: std::mem::take(&mut self.taken),
-            };
-            channel.send(id, to_agent::Kind::Credit(credit))?;
+            request.give_credit(self.stream, std::mem::take(&mut self.taken))?;
         }
         if self.failed {
             return Ok(());
