@@ -29,16 +29,34 @@ pub struct ExecArgs {
     program: ProgramArgs,
 }
 
-/// Carries out `vmm exec`.
-pub fn exec(args: &ExecArgs) -> Result<u8, CliError> {
-    let sandbox = find(&args.name).map_err(find_failed)?;
-    let record = &sandbox.record;
+/// A sandbox and a connection to its agent.
+pub struct Connected {
+    /// The sandbox.
+    pub sandbox: Sandbox,
+    /// The connection.
+    pub agent: Agent,
+}
+
+/// Connects to the agent of a sandbox that runs.
+pub fn connect(name: &str) -> Result<Connected, CliError> {
+    let sandbox = find(name).map_err(find_failed)?;
+    let name = &sandbox.record.name;
     if !sandbox.alive {
-        let name = &record.name;
         let message = format!("{name} is not running: start it again with `vmm start {name}`");
         return Err(CliError::BadInput(message));
     }
     refuse_paused(&sandbox)?;
+    let deadline = Some(Instant::now() + CONNECT_PATIENCE);
+    let agent = Agent::connect(&sandbox.paths.vsock_socket(), AGENT_PORT, deadline);
+    let agent = agent.map_err(|error| CliError::Monitor(format!("{name}: {error}")))?;
+    agent.set_deadline(None);
+    Ok(Connected { sandbox, agent })
+}
+
+/// Carries out `vmm exec`.
+pub fn exec(args: &ExecArgs) -> Result<u8, CliError> {
+    let Connected { sandbox, agent } = connect(&args.name)?;
+    let record = &sandbox.record;
     let env: Vec<_> = record
         .env
         .iter()
@@ -48,12 +66,7 @@ pub fn exec(args: &ExecArgs) -> Result<u8, CliError> {
         })
         .collect();
     let work = args.program.work(&env, record.cwd.as_deref())?;
-    let deadline = Some(Instant::now() + CONNECT_PATIENCE);
-    let connected = Agent::connect(&sandbox.paths.vsock_socket(), AGENT_PORT, deadline);
-    let failed = |error| CliError::Monitor(format!("{}: {error}", record.name));
-    let mut agent = connected.map_err(failed)?;
-    agent.set_deadline(None);
-    match perform(&mut agent, work) {
+    match perform(&agent, work, true) {
         Ok(ended) => Ok(ended.shell_status()),
         Err(AgentError::Output { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => {
             Ok(status::BROKEN_PIPE)

@@ -5,6 +5,7 @@
 
 mod boot;
 mod completions;
+mod cp;
 mod doctor;
 mod exec;
 mod inspect;
@@ -16,6 +17,7 @@ mod program;
 mod ready;
 mod run;
 mod start;
+mod terminal;
 mod usage;
 mod vm_args;
 mod vm_spec;
@@ -69,6 +71,7 @@ enum Command {
     Run(run::RunArgs),
     Start(start::StartArgs),
     Exec(exec::ExecArgs),
+    Cp(cp::CpArgs),
     Logs(logs::LogsArgs),
     Ls(ls::LsArgs),
     Inspect(inspect::InspectArgs),
@@ -252,6 +255,7 @@ pub fn main(start: Instant) -> ExitCode {
         Command::Run(args) => run::run(&args, start),
         Command::Start(args) => start::start(&args, start),
         Command::Exec(args) => exec::exec(&args),
+        Command::Cp(args) => cp::cp(&args),
         Command::Logs(args) => logs::logs(&args),
         Command::Ls(args) => ls::ls(&args),
         Command::Inspect(args) => inspect::inspect(&args),

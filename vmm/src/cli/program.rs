@@ -9,9 +9,13 @@ use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::CliError;
+use super::terminal::{self, Forwarder, RawInput};
 use crate::agent::{
-    Agent, AgentError, EnvVar, ExecRequest, ExitStatus, Language, RunCodeRequest, Stdin, Stdio,
+    Agent, AgentError, EnvVar, ExecRequest, ExitStatus, Language, Limits, RunCodeRequest, Stdin,
+    Stdio,
 };
+use crate::logger::complain;
+use crate::sizes::memory_mib;
 
 /// Longest source that is taken from standard input or a file, in bytes: what fits in a frame of the agent's.
 const SOURCE_MAX: u64 = 1_000_000;
@@ -31,6 +35,24 @@ pub struct ProgramArgs {
     /// Directory of the guest to run in
     #[arg(long, value_name = "DIR")]
     cwd: Option<OsString>,
+    /// Who runs it in the guest: a name, or UID[:GID] [default: the unprivileged user]
+    #[arg(short, long, value_name = "USER", default_value = "")]
+    user: String,
+    /// Give it a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// For the habit of others: standard input is the program's in any case
+    #[arg(short, long)]
+    interactive: bool,
+    /// Kill it, with all that it has started, where together they use more memory: MiB, or with a unit
+    #[arg(long, value_name = "SIZE", value_parser = memory_mib)]
+    limit_memory: Option<u64>,
+    /// Processors that it may use: 0.5 is half of one
+    #[arg(long, value_name = "N", value_parser = processors)]
+    limit_cpus: Option<u32>,
+    /// Processes and threads that it may be at once
+    #[arg(long, value_name = "N")]
+    limit_processes: Option<u32>,
     /// The program and its arguments; with --lang, a file of code and its arguments
     #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -50,6 +72,20 @@ fn env_var(text: &str) -> Result<EnvVar, String> {
         }),
         _ => Err("give NAME=VALUE".to_owned()),
     }
+}
+
+/// Thousandths of a processor.
+fn processors(text: &str) -> Result<u32, &'static str> {
+    let number: f64 = text.parse().map_err(|_| "give a number, such as 0.5")?;
+    if !(0.01..=1024.0).contains(&number) {
+        return Err("give a number from 0.01 to 1024");
+    }
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "it is in range"
+    )]
+    Ok((number * 1000.0) as u32)
 }
 
 /// What is to be run.
@@ -75,6 +111,9 @@ impl ProgramArgs {
         let bytes = |words: &[OsString]| -> Vec<Vec<u8>> {
             words.iter().map(|word| word.as_bytes().to_vec()).collect()
         };
+        let user = self.user.clone();
+        let pty = self.tty.then(terminal::pty);
+        let limits = self.limits();
         let Some(lang) = self.lang else {
             if self.command.is_empty() {
                 let message = "nothing to run: give a command after --, or code with --lang";
@@ -85,6 +124,9 @@ impl ProgramArgs {
                 argv,
                 env,
                 cwd,
+                user,
+                pty,
+                limits,
                 ..Default::default()
             }));
         };
@@ -105,12 +147,24 @@ impl ProgramArgs {
             env,
             cwd,
             filename,
+            user,
+            pty,
+            limits,
             ..Default::default()
         };
         Ok(Work::Code {
             request,
             stdin_is_source,
         })
+    }
+
+    fn limits(&self) -> Option<Limits> {
+        let limits = Limits {
+            memory_bytes: self.limit_memory.unwrap_or(0).saturating_mul(1 << 20),
+            cpu_millis: self.limit_cpus.unwrap_or(0),
+            processes: self.limit_processes.unwrap_or(0),
+        };
+        (limits != Limits::default()).then_some(limits)
     }
 
     fn source(&self) -> Result<Source<'_>, CliError> {
@@ -178,37 +232,46 @@ fn read_source(reader: impl Read, name: &str) -> Result<Vec<u8>, CliError> {
     Ok(code)
 }
 
-/// Runs it with the process's own standard streams.
-pub fn perform(agent: &mut Agent, work: Work) -> Result<ExitStatus, AgentError> {
+/// Runs it with the process's own standard streams. Signals are the program's where `forward_signals`.
+pub fn perform(agent: &Agent, work: Work, forward_signals: bool) -> Result<ExitStatus, AgentError> {
     let stdin = io::stdin();
-    // Not locked: other threads print warnings and the console meanwhile.
-    let (mut stdout, mut stderr) = (Patient(io::stdout()), Patient(io::stderr()));
-    let (stdout, stderr): (&mut dyn Write, &mut dyn Write) = (&mut stdout, &mut stderr);
-    let stdin = Stdin::Fd(stdin.as_fd());
-    match work {
-        Work::Exec(request) => agent.exec(
-            request,
-            Stdio {
-                stdin,
-                stdout,
-                stderr,
-            },
-        ),
+    let fd = Stdin::Fd(stdin.as_fd());
+    let (tty, source, running) = match work {
+        Work::Exec(mut request) => {
+            request.stdin = true;
+            (request.pty.is_some(), fd, agent.start(request)?)
+        }
         Work::Code {
-            request,
+            mut request,
             stdin_is_source,
         } => {
-            let stdin = if stdin_is_source { Stdin::Null } else { stdin };
-            agent.run_code(
-                request,
-                Stdio {
-                    stdin,
-                    stdout,
-                    stderr,
-                },
-            )
+            request.stdin = !stdin_is_source;
+            let source = if stdin_is_source { Stdin::Null } else { fd };
+            (request.pty.is_some(), source, agent.start_code(request)?)
         }
+    };
+    let raw = if tty { RawInput::enter() } else { Ok(None) };
+    let raw = raw.map_err(AgentError::Stdin)?;
+    let forwarder = (tty || forward_signals)
+        .then(|| Forwarder::start(running.controller(), tty, forward_signals))
+        .transpose()
+        .map_err(AgentError::Stdin)?;
+    // Not locked: other threads print warnings and the console meanwhile.
+    let (mut stdout, mut stderr) = (Patient(io::stdout()), Patient(io::stderr()));
+    let ended = running.communicate(Stdio {
+        stdin: source,
+        stdout: &mut stdout,
+        stderr: &mut stderr,
+    });
+    drop(forwarder);
+    drop(raw);
+    let ended = ended?;
+    if ended.oom_killed {
+        complain(
+            "warning: a process was killed, since together they used more memory than they may",
+        );
     }
+    Ok(ended.status)
 }
 
 /// A stream whose descriptor may be non-blocking, as a shared terminal's can be: it is waited for.

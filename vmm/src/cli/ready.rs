@@ -74,7 +74,7 @@ impl Boot<'_> {
         let watch = self.supervisor.clone().watch(&stream);
         let watch = watch.map_err(|error| CliError::Monitor(error.to_string()))?;
         match Agent::from_stream(stream, Some(deadline)) {
-            Ok(mut agent) => {
+            Ok(agent) => {
                 self.timings.mark("agent ready");
                 agent.set_deadline(None);
                 Ok((agent, watch))

@@ -107,8 +107,8 @@ fn work_in(
     work: Work,
     writable: bool,
 ) -> Result<u8, CliError> {
-    let (mut agent, watch) = boot.wait_for_agent(ready)?;
-    let error = match perform(&mut agent, work) {
+    let (agent, watch) = boot.wait_for_agent(ready)?;
+    let error = match perform(&agent, work, false) {
         // Done is done, even where the time was over just then.
         Ok(ended) => {
             if writable && watch.end().is_none() {
@@ -137,7 +137,7 @@ fn work_in(
 }
 
 /// Ends the guest in order, so that it writes out what its kernel still holds back of its disks.
-fn write_out(mut agent: Agent, supervisor: Supervisor) {
+fn write_out(agent: Agent, supervisor: Supervisor) {
     let deadline = Some(Instant::now() + WRITE_OUT_TIME);
     agent.set_deadline(deadline);
     let asked = agent.shutdown(ShutdownMode::PowerOff, Duration::ZERO);
