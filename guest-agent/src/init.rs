@@ -6,7 +6,7 @@
 //! that lacks something says so on the console and serves all the same.
 
 use std::ffi::{CStr, OsString};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use rustix::fs::{Mode, StatVfsMountFlags, mkdir, statvfs, symlink};
@@ -191,10 +191,62 @@ fn loopback_up() -> Result<(), Errno> {
     send(&socket, &message, SendFlags::empty()).map(drop)
 }
 
-/// Makes the root and the writable disk read-only, so that the disk is clean when the guest ends.
+/// Lets go of the disks, so that their file systems are clean when the guest ends: what programs have mounted is
+/// unmounted, the last first; the root and the writable disk under it become read-only.
 pub fn close_disks() {
+    let mounts = std::fs::read("/proc/self/mounts").unwrap_or_default();
+    for target in disk_mounts(&mounts).into_iter().rev() {
+        if unmount(&target, UnmountFlags::NOFOLLOW).is_err() {
+            // In use, as the disk under the root is.
+            let _ = mount_remount(&target, MountFlags::RDONLY, "");
+        }
+    }
     if mount_remount("/", MountFlags::RDONLY, "").is_ok() {
         // Absent without a writable disk.
         let _ = mount_remount(UPPER_DISK, MountFlags::RDONLY, "");
+    }
+}
+
+/// Where devices are mounted, but for the root, in the order of the mounts. `mounts` is as in proc_pid_mounts(5).
+fn disk_mounts(mounts: &[u8]) -> Vec<PathBuf> {
+    let target = |line: &[u8]| {
+        let mut words = line.split(|&byte| byte == b' ');
+        let (source, target) = (words.next()?, words.next()?);
+        (source.starts_with(b"/dev/") && target != b"/").then(|| unescape(target))
+    };
+    mounts
+        .split(|&byte| byte == b'\n')
+        .filter_map(target)
+        .collect()
+}
+
+/// Undoes the kernel's escapes for blanks and backslashes: a backslash and three octal digits.
+fn unescape(mut word: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(word.len());
+    while let Some((&first, rest)) = word.split_first() {
+        let escaped = match rest {
+            [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..] if first == b'\\' => {
+                Some((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'))
+            }
+            _ => None,
+        };
+        bytes.push(escaped.unwrap_or(first));
+        word = if escaped.is_some() { &rest[3..] } else { rest };
+    }
+    OsString::from_vec(bytes).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_found_wherever_they_are_mounted() {
+        let mounts = b"/dev/root / ext4 rw 0 0\nproc /proc proc rw 0 0\n/dev/vda /srv/my\\040data\\134 ext4 rw 0 0\n\
+            devtmpfs /dev devtmpfs rw 0 0\n/dev/loop0 /srv/my\\040data\\134/in\xffner ext2 rw 0 0\nnonsense\n";
+        let outer = PathBuf::from("/srv/my data\\");
+        let inner = outer.join(OsString::from_vec(b"in\xffner".to_vec()));
+        assert_eq!(disk_mounts(mounts), [outer, inner]);
+        assert!(disk_mounts(b"").is_empty());
     }
 }

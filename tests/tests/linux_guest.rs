@@ -151,21 +151,14 @@ fn drives() -> Result<(), Failed> {
     .expect_status(3)?
     .expect_no_stderr()?
     .expect_stdout("/tmp\nhello from a flag\nfrom the host\nrefused\nroot=/dev/pmem0\n")?;
-    // After the image, where that is a disk.
-    let read = "mkdir disk; mount -t ext4 /dev/vdb disk; cat disk/file; grep -o 'root=[^ ]*' /proc/cmdline";
-    run(&[
-        "--config",
-        &config,
-        "--image-as",
-        "block",
-        "--",
-        "sh",
-        "-c",
-        read,
-    ])
-    .run()?
-    .expect_status(0)?
-    .expect_stdout("kept\nroot=/dev/vda\n")?;
+    // After the image, where that is a disk. Read-only, by the flag over the file: so only a clean file system is mounted.
+    let disk = format!("{},ro", path("disk").display());
+    let read = "mkdir disk; mount -t ext4 -o ro /dev/vdb disk; cat disk/file; grep -o 'root=[^ ]*' /proc/cmdline";
+    let block = ["--image-as", "block", "--config", &config, "--drive", &disk];
+    run(&[&block[..], &["--", "sh", "-c", read]].concat())
+        .run()?
+        .expect_status(0)?
+        .expect_stdout("kept\nroot=/dev/vda\n")?;
     Ok(())
 }
 
