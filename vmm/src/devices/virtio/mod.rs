@@ -23,8 +23,8 @@ pub mod pmem;
 pub mod queue;
 pub mod rng;
 pub mod signal;
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod vsock;
 
 use signal::Signal;

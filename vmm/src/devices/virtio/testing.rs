@@ -1,5 +1,7 @@
-//! A driver for tests: sets up a device through its registers, builds descriptor chains in guest
-//! memory, and runs the device's side of the event loop. No KVM.
+//! A driver for tests and fuzzers: sets up a device through its registers, builds descriptor chains in guest
+//! memory, and runs the device's side of the event loop. No KVM. It panics where a test should fail.
+//!
+//! Other crates see it with the feature `testing`, which no build of the monitor has.
 //!
 //! Guest memory is 1 MiB at 0 and 1 MiB at 8 MiB. Queue `n` has its rings at `0x1000 * (n + 1)`; the
 //! rest is for a test's buffers, from [`BUFFERS`] on.
@@ -25,8 +27,9 @@ pub const LOW_END: u64 = 0x10_0000;
 /// Start of the second region, 1 MiB long.
 pub const HIGH: u64 = 0x80_0000;
 
-/// Descriptor flags (section 2.7.5).
+/// Descriptor flag: the chain goes on at `next` (section 2.7.5).
 pub const NEXT: u16 = 1;
+/// Descriptor flag: the buffer is for the device to write.
 pub const WRITE: u16 = 2;
 
 /// An interrupt that is counted.
@@ -34,6 +37,7 @@ pub const WRITE: u16 = 2;
 pub struct CountingInterrupt(AtomicUsize);
 
 impl CountingInterrupt {
+    /// How often it was raised.
     pub fn count(&self) -> usize {
         self.0.load(Ordering::SeqCst)
     }
@@ -46,6 +50,7 @@ impl Interrupt for CountingInterrupt {
     }
 }
 
+/// The memory of a test.
 pub fn memory() -> Arc<GuestMemory> {
     let ranges = [
         (GuestAddress(0), 0x10_0000),
@@ -57,8 +62,11 @@ pub fn memory() -> Arc<GuestMemory> {
 /// A buffer of a chain.
 #[derive(Clone, Copy, Debug)]
 pub struct Desc {
+    /// Guest physical address.
     pub addr: u64,
+    /// Length in bytes.
     pub len: u32,
+    /// Whether the device writes it.
     pub write: bool,
 }
 
@@ -81,19 +89,34 @@ struct Ring {
     used_idx: u16,
 }
 
+/// A driver of one device.
 pub struct FakeDriver<D> {
+    /// The device's registers.
     pub transport: MmioTransport,
+    /// The device itself.
     pub device: Arc<Mutex<D>>,
+    /// The guest's memory.
     pub memory: Arc<GuestMemory>,
+    /// The device's interrupt.
     pub irq: Arc<CountingInterrupt>,
     events: EventManager<Arc<Mutex<dyn MutEventSubscriber + Send>>>,
     rings: Vec<Ring>,
 }
 
-impl<D: VirtioDevice + MutEventSubscriber + 'static> FakeDriver<D> {
+/// A device that the event loop serves.
+pub trait Subscriber: MutEventSubscriber + 'static {}
+
+impl<D: MutEventSubscriber + 'static> Subscriber for D {}
+
+impl<D: VirtioDevice + Subscriber> FakeDriver<D> {
     /// A device in the reset state.
     pub fn new(device: D) -> Self {
-        Self::with(device, memory(), |memory, irq, device| {
+        Self::in_memory(device, memory())
+    }
+
+    /// A device in the reset state, in memory of another size.
+    pub fn in_memory(device: D, memory: Arc<GuestMemory>) -> Self {
+        Self::with(device, memory, |memory, irq, device| {
             MmioTransport::new(memory, irq, device)
         })
     }
@@ -156,21 +179,28 @@ impl<D: VirtioDevice + MutEventSubscriber + 'static> FakeDriver<D> {
         this
     }
 
+    /// Makes the driver ready, with all queues and features.
     pub fn start(&mut self) {
         self.start_with(u64::MAX);
     }
 
     /// Resets the device, forgets the rings, and starts again.
     pub fn restart(&mut self) {
+        self.restart_with(u64::MAX);
+    }
+
+    /// As [`FakeDriver::restart`], with the features in `mask`.
+    pub fn restart_with(&mut self, mask: u64) {
         for (queue, ring) in self.rings.iter_mut().enumerate() {
             (ring.next_desc, ring.avail_idx, ring.used_idx) = (0, 0, 0);
             let rings = GuestAddress(ring_base(queue));
             self.memory.write_slice(&[0; 0x1000], rings).unwrap();
         }
-        self.start();
+        self.start_with(mask);
     }
 
-    fn start_with(&mut self, mask: u64) {
+    /// Makes the driver ready, with all queues and the features in `mask`.
+    pub fn start_with(&mut self, mask: u64) {
         let offered = self.negotiate(mask);
         assert_ne!(offered & F_VERSION_1, 0);
         for queue in 0..self.rings.len() {
@@ -194,6 +224,7 @@ impl<D: VirtioDevice + MutEventSubscriber + 'static> FakeDriver<D> {
         features
     }
 
+    /// Writes the features that the driver accepts.
     pub fn accept(&mut self, features: u64) {
         let bytes = features.to_le_bytes();
         for (half, bytes) in [(0, &bytes[..4]), (1, &bytes[4..])] {
@@ -202,6 +233,7 @@ impl<D: VirtioDevice + MutEventSubscriber + 'static> FakeDriver<D> {
         }
     }
 
+    /// Gives a queue its rings and enables it.
     pub fn set_up_queue(&mut self, queue: usize) {
         let base = ring_base(queue);
         self.describe_queue(queue, self.rings[queue].size.into(), base);
@@ -218,20 +250,24 @@ impl<D: VirtioDevice + MutEventSubscriber + 'static> FakeDriver<D> {
         }
     }
 
+    /// The last step of a start.
     pub fn driver_ok(&mut self) {
         self.set(0x70, 0xf);
     }
 
+    /// Reads a register.
     pub fn get(&mut self, offset: u64) -> u32 {
         let mut data = [0; 4];
         self.transport.read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
+    /// Writes a register.
     pub fn set(&mut self, offset: u64, value: u32) {
         self.transport.write(offset, &value.to_le_bytes());
     }
 
+    /// Reads from the configuration space.
     pub fn config<const N: usize>(&mut self, offset: u64) -> [u8; N] {
         let mut data = [0; N];
         self.transport.read(0x100 + offset, &mut data);
@@ -286,6 +322,7 @@ impl<D: VirtioDevice + MutEventSubscriber + 'static> FakeDriver<D> {
         self.raw_avail_idx(queue, idx);
     }
 
+    /// Writes the available index as it is.
     pub fn raw_avail_idx(&mut self, queue: usize, idx: u16) {
         let at = GuestAddress(ring_base(queue) + 0x802);
         self.memory.write_obj(idx, at).unwrap();
@@ -334,16 +371,19 @@ impl<D: VirtioDevice + MutEventSubscriber + 'static> FakeDriver<D> {
         list
     }
 
+    /// Puts a chain in the queue, lets the device work, and says what was used.
     pub fn request(&mut self, queue: usize, chain: &[Desc]) -> Vec<(u32, u32)> {
         self.add(queue, chain);
         self.kick(queue);
         self.used(queue)
     }
 
+    /// Writes guest memory.
     pub fn write(&self, addr: u64, bytes: &[u8]) {
         self.memory.write_slice(bytes, GuestAddress(addr)).unwrap();
     }
 
+    /// Reads guest memory.
     pub fn read(&self, addr: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.memory
@@ -352,6 +392,7 @@ impl<D: VirtioDevice + MutEventSubscriber + 'static> FakeDriver<D> {
         bytes
     }
 
+    /// Whether the device has stopped.
     pub fn needs_reset(&mut self) -> bool {
         self.get(0x70) & status::DEVICE_NEEDS_RESET != 0
     }
