@@ -18,6 +18,8 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub mod blk;
+#[cfg(test)]
+mod hostile_tests;
 pub mod mmio;
 pub mod pmem;
 pub mod queue;
