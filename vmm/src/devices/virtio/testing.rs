@@ -344,6 +344,12 @@ impl<D: VirtioDevice + Subscriber> FakeDriver<D> {
         panic!("the device keeps the event loop busy");
     }
 
+    /// Notifies, and lets the event loop make one turn.
+    pub fn kick_once(&mut self, queue: usize) {
+        self.set(0x50, u32::try_from(queue).unwrap());
+        self.events.run_with_timeout(0).unwrap();
+    }
+
     /// Lets the event loop wait for an event first.
     pub fn run_for(&mut self, milliseconds: i32) {
         self.events.run_with_timeout(milliseconds).unwrap();

@@ -12,7 +12,9 @@ use thiserror::Error;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::queue::{Disk, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS, SECTOR};
+use super::queue::{
+    Disk, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_RANGES, MAX_ZEROES_SECTORS, SECTOR,
+};
 use crate::devices::virtio::queue::{Outcome, Served, serve};
 use crate::devices::virtio::{
     Activation, F_EVENT_IDX, F_VERSION_1, VirtioDevice, device_type, new_queue_events, notify_all,
@@ -21,6 +23,9 @@ use crate::devices::virtio::{
 
 /// A driver initialises every descriptor, so a long queue costs boot time.
 const QUEUE_SIZES: [u16; 1] = [128];
+
+/// After so many bytes the event loop's other devices have their turn: 16 MiB.
+pub(super) const TURN: u64 = 16 << 20;
 
 /// Features (section 5.2.3).
 pub(super) mod feature {
@@ -181,12 +186,18 @@ impl Block {
             return;
         }
         let (disk, memory, signal) = (&self.disk, &*active.memory, &*active.signal);
+        let (mut moved, mut put_off) = (0, false);
         let served = serve(&mut active.queues[0], memory, signal, |chain| {
-            disk.request(memory, chain, signal).map(Outcome::Used)
+            if moved >= TURN {
+                put_off = true;
+                return Ok(Outcome::Later);
+            }
+            disk.request(memory, chain, signal, &mut moved)
+                .map(Outcome::Used)
         });
         match served {
-            Ok(Served::All) => {}
-            Ok(Served::More) => notify_all(&self.events),
+            Ok(Served::All) if !put_off => {}
+            Ok(_) => notify_all(&self.events),
             Err(error) => signal.fail(error),
         }
     }
@@ -262,7 +273,7 @@ fn config_space(sectors: u64, read_only: bool) -> [u8; CONFIG_SIZE] {
         // In sectors: what a file system can give back.
         put(44, &8u32.to_le_bytes());
         put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
-        put(52, &MAX_RANGES.to_le_bytes());
+        put(52, &MAX_ZEROES_RANGES.to_le_bytes());
         put(56, &[1]);
     }
     config

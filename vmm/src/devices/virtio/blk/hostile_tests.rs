@@ -101,11 +101,13 @@ fn directions_that_are_mixed_up_fail() {
 #[test]
 fn bad_range_lists_fail() {
     let sixteen = range(0, 1, 0).repeat(16);
-    let cases: [(u32, Vec<u8>, u8); 12] = [
+    let four = range(0, 1, 0).repeat(4);
+    let cases: [(u32, Vec<u8>, u8); 13] = [
         (11, vec![], IOERR),
         (11, range(0, 1, 0)[..15].to_vec(), IOERR),
         (11, [range(0, 1, 0), vec![0]].concat(), IOERR),
-        (13, [&sixteen[..], &range(0, 1, 0)].concat(), IOERR),
+        (11, [&sixteen[..], &range(0, 1, 0)].concat(), IOERR),
+        (13, [&four[..], &range(0, 1, 0)].concat(), IOERR),
         (11, range(SECTORS, 1, 0), IOERR),
         (13, range(SECTORS - 1, 2, 0), IOERR),
         (13, range(u64::MAX, 1, 0), IOERR),
@@ -122,6 +124,76 @@ fn bad_range_lists_fail() {
         let status = request(&mut driver, kind, 0, &[r(DATA, len)]);
         assert_eq!(status, want, "{kind} {list:?}");
     }
+}
+
+#[test]
+fn ranges_that_overlap_are_done_one_by_one() {
+    let (file, mut driver) = disk(false);
+    for (kind, first) in [(11, 8), (13, 40)] {
+        let list = [
+            range(first, 8, 0),
+            range(first + 4, 8, 0),
+            range(first, 0, 0),
+        ]
+        .concat();
+        driver.write(DATA, &list);
+        assert_eq!(request(&mut driver, kind, 0, &[r(DATA, 48)]), OK);
+        let mut bytes = vec![0xee; 14 * 512];
+        file.read_exact_at(&mut bytes, (first - 1) * 512).unwrap();
+        assert_eq!(bytes[0], u8::try_from(first - 1).unwrap());
+        assert!(bytes[512..13 * 512].iter().all(|&byte| byte == 0));
+        assert_eq!(bytes[13 * 512], u8::try_from(first + 12).unwrap());
+    }
+}
+
+#[test]
+fn a_read_only_disk_is_flushed() {
+    let (_, mut driver) = disk(true);
+    for data in [&[][..], &[r(DATA, 512)], &[w(DATA, 512)]] {
+        assert_eq!(request(&mut driver, 4, u64::MAX, data), OK);
+    }
+    assert_eq!(driver.read(DATA, 512), [0; 512]);
+}
+
+/// A disk that is large and sparse: one request could keep the event loop for minutes.
+fn sparse() -> FakeDriver<Block> {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 40).unwrap();
+    FakeDriver::started(Block::new(config(&file, false)).unwrap())
+}
+
+#[test]
+fn a_request_is_bounded_whatever_its_buffers_come_to() {
+    let mut driver = sparse();
+    let mib = |write| Desc {
+        addr: HIGH,
+        len: 1 << 20,
+        write,
+    };
+    for (kind, write) in [(0, true), (1, false)] {
+        assert_eq!(request(&mut driver, kind, 0, &vec![mib(write); 65]), IOERR);
+        assert_eq!(request(&mut driver, kind, 0, &vec![mib(write); 126]), IOERR);
+    }
+    assert_eq!(request(&mut driver, 0, 0, &vec![mib(true); 64]), OK);
+}
+
+#[test]
+fn a_turn_of_the_event_loop_is_bounded() {
+    let mut driver = sparse();
+    put_header(&driver, 0, 0);
+    // Eight requests of 10 MiB each, all at once.
+    for _ in 0..8 {
+        let mut chain = vec![r(HEADER, 16)];
+        chain.extend([w(HIGH, 1 << 20); 10]);
+        chain.push(w(STATUS, 1));
+        driver.add(0, &chain);
+    }
+    driver.kick_once(0);
+    assert_eq!(driver.used(0).len(), 2, "16 MiB and what began before");
+    // It goes on by itself, when others had their turn.
+    driver.run();
+    assert_eq!(driver.used(0).len(), 6);
+    assert!(!driver.needs_reset());
 }
 
 #[test]

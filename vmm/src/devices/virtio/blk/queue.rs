@@ -3,6 +3,9 @@
 //! A request that can be answered is: a bad one with IOERR, an unknown one with UNSUPP. Only a chain
 //! without room for the status stops the device. A request reaches the file only after every sector of
 //! it was found to be on the disk.
+//!
+//! A request may name the same guest memory many times, and the disk may be large and sparse: what one
+//! request moves is bounded by [`MAX_TRANSFER`], however much its buffers come to.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -19,8 +22,12 @@ use crate::sys::vectored;
 
 /// Bytes in a sector, whatever the block size.
 pub(super) const SECTOR: u64 = 512;
-/// Most ranges of one DISCARD or WRITE_ZEROES request.
+/// Most ranges of one DISCARD request.
 pub(super) const MAX_RANGES: u32 = 16;
+/// Most ranges of one WRITE_ZEROES request.
+pub(super) const MAX_ZEROES_RANGES: u32 = 4;
+/// Most bytes of one request, 64 MiB. Linux makes requests of at most 4 MiB unless it is told otherwise.
+pub(super) const MAX_TRANSFER: u64 = 64 << 20;
 /// Most sectors of one range to discard: 1 GiB.
 pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 /// Most sectors of one range to zero: 16 MiB, as they may have to be written.
@@ -72,12 +79,14 @@ pub(super) struct Disk {
 }
 
 impl Disk {
-    /// Carries out the request in `chain` and writes its status; returns the used length.
+    /// Carries out the request in `chain` and writes its status; returns the used length, and adds the
+    /// bytes that it may have moved to `moved`.
     pub(super) fn request<'m>(
         &self,
         memory: &'m GuestMemory,
         chain: Chain<'m>,
         signal: &Signal,
+        moved: &mut u64,
     ) -> Result<u32, QueueError> {
         let head = chain.head_index();
         let mut buffers = Buffers::collect(memory, chain)?;
@@ -91,7 +100,10 @@ impl Disk {
         };
         let data = split_front(&mut writable, data_len);
         let status = match self.carry_out(&mut buffers.readable, data) {
-            Ok(()) => 0,
+            Ok(bytes) => {
+                *moved = moved.saturating_add(bytes);
+                0
+            }
             Err(Failure::Io(reason)) => {
                 signal.warn(format_args!("request failed: {reason}"));
                 1
@@ -103,11 +115,12 @@ impl Disk {
         Ok(u32::try_from(writable_len).unwrap_or(u32::MAX))
     }
 
+    /// Returns the bytes that were moved.
     fn carry_out(
         &self,
         readable: &mut Vec<GuestSlice>,
         writable: Vec<GuestSlice>,
-    ) -> Result<(), Failure> {
+    ) -> Result<u64, Failure> {
         let mut header = [0; HEADER_LEN];
         let front = split_front(readable, HEADER_LEN);
         if copy_from(&front, &mut header) != HEADER_LEN {
@@ -118,18 +131,22 @@ impl Disk {
         match kind {
             request_type::IN => self.read(sector, writable),
             request_type::OUT => self.write(sector, readable),
-            request_type::FLUSH => Ok(self.file.sync_data()?),
+            request_type::FLUSH => {
+                self.file.sync_data()?;
+                Ok(0)
+            }
             request_type::GET_ID => {
                 copy_to(&writable, &self.serial);
-                Ok(())
+                Ok(0)
             }
             request_type::DISCARD | request_type::WRITE_ZEROES => self.ranges(kind, readable),
             _ => Err(Failure::Unsupported),
         }
     }
 
-    fn read(&self, sector: u64, mut slices: Vec<GuestSlice>) -> Result<(), Failure> {
-        let mut offset = self.offset(sector, total_len(&slices))?;
+    fn read(&self, sector: u64, mut slices: Vec<GuestSlice>) -> Result<u64, Failure> {
+        let len = transfer(&slices)?;
+        let mut offset = self.offset(sector, len)?;
         while !slices.is_empty() {
             let done = retry(|| vectored::read_at(&self.file, &slices, offset))?;
             if done == 0 {
@@ -138,14 +155,15 @@ impl Disk {
             split_front(&mut slices, done);
             offset += done as u64;
         }
-        Ok(())
+        Ok(len)
     }
 
-    fn write(&self, sector: u64, slices: &mut Vec<GuestSlice>) -> Result<(), Failure> {
+    fn write(&self, sector: u64, slices: &mut Vec<GuestSlice>) -> Result<u64, Failure> {
         if self.read_only {
             return Err("the disk is read-only".into());
         }
-        let mut offset = self.offset(sector, total_len(slices))?;
+        let len = transfer(slices)?;
+        let mut offset = self.offset(sector, len)?;
         while !slices.is_empty() {
             let done = retry(|| vectored::write_at(&self.file, slices, offset))?;
             if done == 0 {
@@ -154,7 +172,7 @@ impl Disk {
             split_front(slices, done);
             offset += done as u64;
         }
-        Ok(())
+        Ok(len)
     }
 
     /// Where `sector` is in the file, if it and `len` bytes from it on are on the disk.
@@ -175,20 +193,27 @@ impl Disk {
     }
 
     /// DISCARD and WRITE_ZEROES: a list of ranges, all of which are checked before the first is done.
-    fn ranges(&self, kind: u32, readable: &[GuestSlice]) -> Result<(), Failure> {
+    /// Returns the bytes that may have been written.
+    fn ranges(&self, kind: u32, readable: &[GuestSlice]) -> Result<u64, Failure> {
         if self.read_only {
             // Neither is offered then.
             return Err(Failure::Unsupported);
         }
         let len = total_len(readable);
-        let most = u64::from(MAX_RANGES) * RANGE_LEN as u64;
+        let discard = kind == request_type::DISCARD;
+        let most = if discard {
+            MAX_RANGES
+        } else {
+            MAX_ZEROES_RANGES
+        };
+        let most = u64::from(most) * RANGE_LEN as u64;
         if len == 0 || len % RANGE_LEN as u64 != 0 || len > most {
             return Err(Failure::Io(format!("{len} bytes are not a list of ranges")));
         }
         let mut list = [0; MAX_RANGES as usize * RANGE_LEN];
         let len = copy_from(readable, &mut list);
-        let discard = kind == request_type::DISCARD;
         let mut ranges = Vec::new();
+        let mut zeroed = 0;
         for range in list[..len].chunks_exact(RANGE_LEN) {
             let [sector_low, sector_high, sectors, flags] = le_words(range);
             // Section 5.2.6.2: reserved bits, and unmap for a discard, are not supported.
@@ -211,10 +236,13 @@ impl Disk {
             match (len, discard) {
                 (0, _) => {}
                 (_, true) => self.discard(offset, len)?,
-                (_, false) => self.write_zeroes(offset, len, unmap)?,
+                (_, false) => {
+                    self.write_zeroes(offset, len, unmap)?;
+                    zeroed += len;
+                }
             }
         }
-        Ok(())
+        Ok(zeroed)
     }
 
     /// Gives room back to the host, if its file system can. A discarded range then reads as zeroes.
@@ -249,6 +277,17 @@ impl Disk {
             result => Ok(result?),
         }
     }
+}
+
+/// Length of a transfer's data, if it may be that long.
+fn transfer(slices: &[GuestSlice]) -> Result<u64, Failure> {
+    let len = total_len(slices);
+    if len > MAX_TRANSFER {
+        return Err(Failure::Io(format!(
+            "{len} bytes are more than a request may have, {MAX_TRANSFER}"
+        )));
+    }
+    Ok(len)
 }
 
 /// Four little-endian words from 16 bytes.
