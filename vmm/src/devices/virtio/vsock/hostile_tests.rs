@@ -5,7 +5,9 @@ use std::os::unix::net::UnixStream;
 
 use virtio_vsock::packet::PKT_HEADER_SIZE;
 
-use super::muxer::{BUFFER_SIZE, MAX_CONNECTIONS, MAX_HANDSHAKES, MAX_REPLIES};
+use super::muxer::{
+    BUFFER_SIZE, CROWD, CROWD_BUFFER_SIZE, MAX_CONNECTIONS, MAX_HANDSHAKES, MAX_REPLIES,
+};
 use super::packet::{Header, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 use super::queue::Reset;
 use super::testing::{CID, Guest, PACKET, config, read_some};
@@ -115,6 +117,55 @@ fn a_flood_without_credit_ends_the_connection() {
     drop(client);
     guest.driver.run();
     assert_eq!(guest.counts(), (0, 0, 0));
+}
+
+#[test]
+fn connections_that_are_over_count_for_the_crowd() {
+    // A guest fills a connection whose client reads nothing, resets it, and makes the next one.
+    let mut guest = Guest::new();
+    let mut clients = Vec::new();
+    let chunk = vec![7; 60_000];
+    for over in 0..=CROWD {
+        let mut client = guest.client(1);
+        let request = guest.receive_one().header;
+        let want = if over < CROWD {
+            BUFFER_SIZE
+        } else {
+            CROWD_BUFFER_SIZE
+        };
+        assert_eq!(request.buf_alloc, want, "{over}");
+        let ports = (request.src_port, 1);
+        guest.send(op::RESPONSE, ports, &[]);
+        read_some(&mut client);
+        for _ in 0..4 {
+            guest.send(op::RW, ports, &chunk);
+        }
+        guest.send(op::RST, ports, &[]);
+        guest.receive();
+        clients.push(client);
+        assert_eq!(guest.counts(), (0, 0, over + 1));
+    }
+    clients.clear();
+    guest.driver.run();
+    assert_eq!(guest.counts(), (0, 0, 0));
+}
+
+#[test]
+fn requests_for_credit_are_answered_once_each_turn() {
+    let mut guest = Guest::new();
+    let (ports, _client) = guest.connected_from_host(1);
+    guest.driver.used(1);
+    // As fast as it can, without waiting for an answer.
+    let header = guest.header(op::CREDIT_REQUEST, ports.0, ports.1, 0);
+    guest.driver.write(PACKET, &header.to_bytes());
+    for _ in 0..32 {
+        guest.driver.add(1, &[r(PACKET, 44)]);
+    }
+    guest.driver.kick(1);
+    assert_eq!(guest.driver.used(1).len(), 32);
+    let answers = guest.receive();
+    assert_eq!(answers.len(), 1);
+    assert_eq!(answers[0].header.op, op::CREDIT_UPDATE);
 }
 
 #[test]

@@ -33,8 +33,8 @@ pub(super) const MAX_REPLIES: usize = 64;
 /// Bytes that a connection takes from the guest ahead of its socket. A guest hears of used credit by an
 /// interrupt per half of it, so the usual few connections get more than a crowd does.
 pub(super) const BUFFER_SIZE: u32 = 256 * 1024;
-const CROWD: usize = 64;
-const CROWD_BUFFER_SIZE: u32 = 64 * 1024;
+pub(super) const CROWD: usize = 64;
+pub(super) const CROWD_BUFFER_SIZE: u32 = 64 * 1024;
 /// Ports for connections from the host.
 pub(super) const FIRST_HOST_PORT: u32 = 1 << 30;
 const LAST_HOST_PORT: u32 = (1 << 31) - 1;
@@ -309,7 +309,8 @@ impl Muxer {
     }
 
     fn buffer_size(&self) -> u32 {
-        if self.connections.len() < CROWD {
+        // Those that are over hold their buffer until its last byte is written.
+        if self.connections.len() + self.rests.len() < CROWD {
             BUFFER_SIZE
         } else {
             CROWD_BUFFER_SIZE
