@@ -341,7 +341,9 @@ impl Check<'_> {
         self.within((sectors + 1) * 512, body.saturating_sub(15))?;
         let init_size = u64::from(u32::from_le_bytes(self.bytes(INIT_SIZE)?));
         let preferred = u64::from_le_bytes(self.bytes(PREF_ADDRESS)?).max(HIMEM_START);
-        self.fits(HIMEM_START, body)?;
+        // The loader copies up to the end of the file, whatever the header says.
+        let rest = self.len.saturating_sub((sectors + 1) * 512);
+        self.fits(HIMEM_START, body.max(rest))?;
         self.fits(preferred, init_size)?;
         Ok(Image::BzImage)
     }
@@ -434,6 +436,21 @@ mod tests {
         let mut far = whole.clone();
         far[72..80].copy_from_slice(&u64::MAX.to_le_bytes());
         assert!(message(&far).contains("is truncated"));
+    }
+
+    #[test]
+    fn a_bzimage_with_a_long_tail_does_not_fit() {
+        let mut bytes = vec![0; 0x2000];
+        bytes[0x1f1] = 1;
+        bytes[0x202..0x206].copy_from_slice(b"HdrS");
+        bytes[0x236] = 1;
+        assert!(open(&bytes).is_ok());
+        // Its headers name none of this, but the loader copies it.
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&bytes).unwrap();
+        file.as_file().set_len(1 << 40).unwrap();
+        let error = Kernel::open(file.path(), 32 << 20).err().unwrap();
+        assert!(matches!(error, KernelError::DoesNotFit { .. }), "{error}");
     }
 
     #[test]
