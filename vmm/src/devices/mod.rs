@@ -4,6 +4,8 @@
 //! so each of them is tested by a fake driver on a machine without `/dev/kvm`.
 
 pub mod bus;
+#[cfg(test)]
+mod hostile_tests;
 pub mod interrupt;
 pub mod serial;
 pub mod virtio;

@@ -68,7 +68,11 @@ impl Write for Output {
 }
 
 /// COM1.
-pub struct SerialPort(Serial<Line, NoEvents, Output>);
+pub struct SerialPort {
+    port: Serial<Line, NoEvents, Output>,
+    /// Whether its line has failed before: the guest can have it fail as often as it likes.
+    warned: bool,
+}
 
 impl SerialPort {
     /// A port that interrupts by `line` and prints to `tail`, and to `stream` if there is one.
@@ -77,7 +81,16 @@ impl SerialPort {
         tail: ConsoleTail,
         stream: Option<Box<dyn Write + Send>>,
     ) -> Self {
-        Self(Serial::new(Line(line), Output { tail, stream }))
+        Self {
+            port: Serial::new(Line(line), Output { tail, stream }),
+            warned: false,
+        }
+    }
+
+    /// Whether it has said that its line fails.
+    #[cfg(test)]
+    pub(super) fn has_warned(&self) -> bool {
+        self.warned
     }
 }
 
@@ -86,15 +99,16 @@ impl BusDevice for SerialPort {
         // The registers are bytes; a wider access reads the first and nothing else.
         data.fill(0);
         if let (Some(byte), Ok(offset)) = (data.first_mut(), u8::try_from(offset)) {
-            *byte = self.0.read(offset);
+            *byte = self.port.read(offset);
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         if let (Some(byte), Ok(offset)) = (data.first(), u8::try_from(offset))
-            && let Err(error) = self.0.write(offset, *byte)
+            && let Err(error) = self.port.write(offset, *byte)
+            && !std::mem::replace(&mut self.warned, true)
         {
-            log::warn!("serial port: {error:?}");
+            log::warn!("serial port: {error:?}; this is said once");
         }
     }
 }
