@@ -125,7 +125,7 @@ fn output_that_is_no_text_is_bounded() {
     for byte in (0..=u8::MAX).cycle().take(100_000) {
         pc.bus.write(COM1, &[byte]);
     }
-    assert!(pc.tail.text().len() <= 3 * 16 << 10);
+    assert!(pc.tail.text().len() <= 3 * (16 << 10));
     // Interrupts were not asked for.
     assert_eq!(pc.line.count(), 0);
 }

@@ -4,14 +4,20 @@
 //! memory but its own used ring, tells the driver, and works again after a reset. What is particular to a device's
 //! requests is in its own `hostile_tests`.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
 use super::blk::{Block, BlockConfig};
 use super::pmem::{Pmem, PmemConfig};
+use super::queue::{Outcome, Served, serve};
 use super::rng::Rng;
 use super::testing::{
     BUFFERS, FakeDriver, HIGH, LOW_END, NEXT, Subscriber, WRITE, r, ring_base, w,
 };
 use super::vsock::{Vsock, VsockConfig};
 use super::{F_EVENT_IDX, VirtioDevice};
+use crate::event_loop::{self, EventLoop};
+use crate::exit::ExitLatch;
 
 const INDIRECT: u16 = 4;
 /// Between the two regions.
@@ -350,4 +356,68 @@ fn a_running_device_is_not_for_meddling() {
     PMEM.meddling();
     BLOCK.meddling();
     VSOCK.meddling();
+}
+
+#[test]
+fn a_driver_that_adds_as_fast_as_it_is_served_gets_one_turn() {
+    for features in [u64::MAX, !F_EVENT_IDX] {
+        let mut driver = FakeDriver::new((RNG.make)());
+        driver.start_with(features);
+        driver.raw_desc(0, 0, BUFFERS, 8, WRITE, 0);
+        driver.make_available(0, 0);
+        let (memory, signal) = (driver.memory.clone(), driver.transport.signal().clone());
+        let device = driver.device.clone();
+        let mut device = device.lock().unwrap();
+        let mut turns = 0;
+        let served = serve(&mut device.queues_mut()[0], &memory, &signal, |_| {
+            driver.make_available(0, 0);
+            turns += 1;
+            Ok(Outcome::Used(0))
+        });
+        assert_eq!(served.unwrap(), Served::More);
+        assert_eq!(turns, 9, "its queue holds eight");
+        assert_eq!(driver.irq.count(), 1);
+    }
+}
+
+#[test]
+fn a_doorbell_in_a_loop_leaves_other_devices_their_turn() {
+    let mut loud = FakeDriver::started((RNG.make)());
+    let mut quiet = FakeDriver::started((PMEM.make)());
+    let exit = ExitLatch::new().unwrap();
+    let devices: Vec<event_loop::Subscriber> = vec![loud.device.clone(), quiet.device.clone()];
+    let event_loop = EventLoop::start(devices, exit.clone()).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let ringing = scope.spawn(|| {
+            // It keeps the queue full, and rings all the time.
+            let (mut served, mut waiting) = (0, 0);
+            loud.raw_desc(0, 0, BUFFERS, 4096, WRITE, 0);
+            while !stop.load(Ordering::Relaxed) {
+                while waiting < 8 {
+                    loud.make_available(0, 0);
+                    waiting += 1;
+                }
+                loud.set(0x50, 0);
+                let used = loud.used(0).len();
+                (served, waiting) = (served + used, waiting - used);
+            }
+            (served, loud.needs_reset())
+        });
+        quiet.write(BUFFERS, &[0; 4]);
+        for _ in 0..200 {
+            quiet.add(0, &[r(BUFFERS, 4), w(BUFFERS + 8, 4)]);
+            quiet.set(0x50, 0);
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while quiet.used(0).is_empty() {
+                assert!(Instant::now() < deadline, "the other device starves");
+                std::thread::yield_now();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        let (served, stopped) = ringing.join().unwrap();
+        assert!(served > 0 && !stopped);
+    });
+    drop(event_loop);
+    assert_eq!(exit.get(), None);
 }
