@@ -1,0 +1,137 @@
+//! The block device, on an image in memory.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use arbitrary::Arbitrary;
+use rustix::fs::{MemfdFlags, memfd_create};
+use vmm::devices::virtio::blk::{Block, BlockConfig};
+use vmm::devices::virtio::testing::{r, w};
+
+use crate::guest::{BUFFERS, Guest, MAX_STEPS, desc};
+use crate::step::{Buffer, Step};
+
+const SECTORS: u64 = 64;
+const HEADER: u64 = BUFFERS;
+const RANGES: u64 = BUFFERS + 0x100;
+const STATUS: u64 = BUFFERS + 0xff0;
+
+/// A disk and steps of its driver.
+#[derive(Arbitrary, Clone, Debug)]
+pub struct Input {
+    read_only: bool,
+    steps: Vec<BlkStep>,
+}
+
+/// A sector.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+pub enum Sector {
+    /// On the disk, or a little beyond.
+    Near(u8),
+    /// Anywhere.
+    Any(u64),
+}
+
+impl Sector {
+    fn number(self) -> u64 {
+        match self {
+            Self::Near(sector) => u64::from(sector) % (SECTORS + 2),
+            Self::Any(sector) => sector,
+        }
+    }
+}
+
+/// A range to discard or to zero: first sector, sectors, flags.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+pub struct Range(Sector, u16, u8);
+
+/// A step.
+#[derive(Arbitrary, Clone, Debug)]
+pub enum BlkStep {
+    /// Any driver's.
+    Any(Step),
+    /// A request of this type with these buffers.
+    Request(u8, Sector, Vec<Buffer>),
+    /// A request that makes sense: read or write.
+    Transfer(bool, Sector, u8),
+    /// A request for these ranges: discard or zero.
+    Ranges(bool, Vec<Range>),
+}
+
+/// Runs the device under the driver.
+pub fn run(input: &Input) {
+    let file = File::from(memfd_create("fuzz", MemfdFlags::CLOEXEC).expect("a memory file"));
+    let image: Vec<u8> = (0..SECTORS)
+        .flat_map(|sector| [sector as u8 ^ 0x5a; 512])
+        .collect();
+    file.write_all_at(&image, 0).expect("an image");
+    let config = BlockConfig {
+        file: file.try_clone().expect("a descriptor"),
+        path: "fuzz".into(),
+        read_only: input.read_only,
+        id: "fuzz".into(),
+    };
+    let mut guest = Guest::new(Block::new(config).expect("a device"));
+    guest.restart(true);
+    for step in input.steps.iter().take(MAX_STEPS) {
+        take(&mut guest, step);
+    }
+    guest.driver.run();
+    guest.check_memory();
+    let mut now = vec![0; image.len() + 1];
+    let len = file.read_at(&mut now, 0).expect("the image");
+    assert_eq!(len, image.len(), "the image has another length");
+    assert!(
+        !input.read_only || now[..len] == image,
+        "a read-only disk was written"
+    );
+    guest.restart(true);
+    header(&mut guest, 0, 0);
+    guest
+        .driver
+        .request(0, &[r(HEADER, 16), w(RANGES, 512), w(STATUS, 1)]);
+    assert_eq!(guest.driver.read(STATUS, 1), [0]);
+    assert_eq!(guest.driver.read(RANGES, 512), now[..512]);
+}
+
+fn take(guest: &mut Guest<Block>, step: &BlkStep) {
+    match *step {
+        BlkStep::Any(ref step) => guest.step(step),
+        BlkStep::Request(kind, sector, ref buffers) => {
+            header(guest, kind.into(), sector.number());
+            let mut chain = vec![r(HEADER, 16)];
+            chain.extend(buffers.iter().take(8).map(|&buffer| desc(buffer)));
+            chain.push(w(STATUS, 1));
+            guest.offer(0, &chain);
+        }
+        BlkStep::Transfer(write, sector, sectors) => {
+            header(guest, write.into(), sector.number());
+            let len = u32::from(sectors % 8) * 512;
+            let data = if write { r } else { w };
+            guest.offer(
+                0,
+                &[r(HEADER, 16), data(BUFFERS + 0x2000, len), w(STATUS, 1)],
+            );
+        }
+        BlkStep::Ranges(discard, ref ranges) => {
+            header(guest, if discard { 11 } else { 13 }, 0);
+            let mut len = 0;
+            for &Range(sector, sectors, flags) in ranges.iter().take(20) {
+                let mut bytes = [0; 16];
+                bytes[..8].copy_from_slice(&sector.number().to_le_bytes());
+                bytes[8..10].copy_from_slice(&sectors.to_le_bytes());
+                bytes[12] = flags;
+                guest.write(RANGES + u64::from(len), &bytes);
+                len += 16;
+            }
+            guest.offer(0, &[r(HEADER, 16), r(RANGES, len), w(STATUS, 1)]);
+        }
+    }
+}
+
+fn header(guest: &mut Guest<Block>, kind: u32, sector: u64) {
+    let mut bytes = [0; 16];
+    bytes[..4].copy_from_slice(&kind.to_le_bytes());
+    bytes[8..].copy_from_slice(&sector.to_le_bytes());
+    guest.write(HEADER, &bytes);
+}
