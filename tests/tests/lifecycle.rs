@@ -177,6 +177,7 @@ fn day() -> Result<(), Failed> {
         }
     }
     wait_for(|| Ok(host.inspect("one")?["state"] == "ended"))?;
+    exec_by_api(&host)?;
     let exit = host.inspect("one")?["exit"].clone();
     if (&exit["status"], &exit["reason"]) != (&0.into(), &"stopped".into()) {
         return Err(format!("one ended so: {exit}").into());
@@ -238,7 +239,7 @@ fn follow_logs(host: &Host) -> Result<(), Failed> {
         lines.any(|line| line.contains("a line for the log"))
     });
     let script = "echo a line for the log > /dev/console";
-    host.ok(&["exec", "two", "--", "sh", "-c", script])?;
+    host.ok(&["exec", "two", "-u", "root", "--", "sh", "-c", script])?;
     wait_for(|| Ok(found.is_finished()))?;
     reader.kill()?;
     reader.wait()?;
@@ -257,6 +258,53 @@ fn pause_and_resume(host: &Host) -> Result<(), Failed> {
     host.ok(&["resume", "three"])?;
     host.ok(&exec)?.expect_stdout("awake\n")?;
     host.expect_ls(&[("one", "running"), ("two", "running"), ("three", "running")])
+}
+
+/// A program's output comes in lines of JSON, and a client that goes away takes its program with it.
+fn exec_by_api(host: &Host) -> Result<(), Failed> {
+    let socket = host.dir("two")?.join("api.sock");
+    let curl = |seconds: &str, body: &str| {
+        Command::new("curl")
+            .args([
+                "--silent",
+                "--max-time",
+                seconds,
+                "--data",
+                body,
+                "--unix-socket",
+            ])
+            .arg(&socket)
+            .arg("http://sandbox/v1/exec")
+            .output()
+    };
+    let output = curl(
+        "60",
+        r#"{"argv": ["sh", "-c", "cat; exit 3"], "stdin": "hello"}"#,
+    )?;
+    let text = String::from_utf8(output.stdout)?;
+    let events: Vec<Value> = text
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<Result<_, _>>()?;
+    let [first, last] = &events[..] else {
+        return Err(format!("not two lines: {text}").into());
+    };
+    if first["stdout"] != "aGVsbG8=" || last["ended"]["status"] != 3 {
+        return Err(format!("not what was asked for: {text}").into());
+    }
+    let refused: Value =
+        serde_json::from_slice(&curl("60", r#"{"argv": ["true"], "who": "me"}"#)?.stdout)?;
+    if refused["error"]["code"] != "bad_body" {
+        return Err(format!("an unknown key was answered with {refused}").into());
+    }
+    let gone = curl("2", r#"{"argv": ["sleep", "12345"]}"#)?;
+    if gone.status.code() != Some(28) {
+        return Err(format!("curl did not give up: {gone:?}").into());
+    }
+    wait_for(|| {
+        let left = host.run(&["exec", "two", "--", "pgrep", "-f", "sleep 12345"])?;
+        Ok(left.status == Some(1))
+    })
 }
 
 /// What the server sends has what its own description requires.

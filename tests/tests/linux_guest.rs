@@ -142,6 +142,8 @@ fn drives() -> Result<(), Failed> {
         &config,
         "-e",
         "WHO=a flag",
+        "--user",
+        "root",
         "--",
         "sh",
         "-c",
@@ -155,7 +157,7 @@ fn drives() -> Result<(), Failed> {
     let disk = format!("{},ro", path("disk").display());
     let read = "mkdir disk; mount -t ext4 -o ro /dev/vdb disk; cat disk/file; grep -o 'root=[^ ]*' /proc/cmdline";
     let block = ["--image-as", "block", "--config", &config, "--drive", &disk];
-    run(&[&block[..], &["--", "sh", "-c", read]].concat())
+    run(&[&block[..], &["--user", "root", "--", "sh", "-c", read]].concat())
         .run()?
         .expect_status(0)?
         .expect_stdout("kept\nroot=/dev/vda\n")?;
@@ -203,7 +205,7 @@ fn panic() -> Result<(), Failed> {
 fn power_off() -> Result<(), Failed> {
     // RB_AUTOBOOT, as any root in the guest can have it.
     let code = "import ctypes, time; ctypes.CDLL(None).reboot(0x01234567); time.sleep(1000)";
-    let output = run(&["--lang", "python", "-c", code]).run()?;
+    let output = run(&["--user", "root", "--lang", "python", "-c", code]).run()?;
     output
         .expect_status(123)?
         .expect_stderr(&["the guest reset or powered itself off"])?;
@@ -219,7 +221,7 @@ fn connect() -> Result<(), Failed> {
         .spawn()?;
     let result = (|| -> Result<(), Failed> {
         let socket = wait_for_socket(runtime.path())?;
-        let mut agent = connect_in_time(&socket)?;
+        let agent = connect_in_time(&socket)?;
         agent.ping()?;
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         let request = ExecRequest {

@@ -210,7 +210,7 @@ impl<W: Write> Chunks<W> {
     }
 
     /// Writes the end, without which the body counts as cut short.
-    pub fn end(mut self) -> io::Result<()> {
+    pub fn end(&mut self) -> io::Result<()> {
         self.0.write_all(b"0\r\n\r\n")
     }
 }

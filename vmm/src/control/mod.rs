@@ -1,9 +1,10 @@
 //! The API of a sandbox: HTTP/1.1 with JSON on the Unix socket `api.sock` in its directory.
 //!
 //! One request per connection. `openapi.json` describes it, and is served as well. `types.rs` has what is sent,
-//! `http.rs` reads and writes messages, `server.rs` serves, `routes.rs` carries out, `client.rs` asks.
+//! `http.rs` reads and writes messages, `server.rs` serves, `routes.rs` and `exec.rs` carry out, `client.rs` asks.
 
 pub mod client;
+pub mod exec;
 pub mod http;
 pub mod routes;
 pub mod server;

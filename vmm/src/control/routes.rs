@@ -15,7 +15,7 @@ use super::types::{ErrorBody, ErrorCode, SandboxView, State, StopRequest, StopVi
 use crate::agent::{AGENT_PORT, Agent, ShutdownMode};
 use crate::console_log::ConsoleReader;
 use crate::exit::{ExitLatch, ExitReason};
-use crate::machine::Machine;
+use crate::machine::{Machine, RunState};
 use crate::sandbox::SandboxPaths;
 use crate::sandbox::record::Record;
 
@@ -50,11 +50,12 @@ pub enum Reply {
 type Handler = fn(&Control, &Request, &mut UnixStream) -> Result<Reply, ErrorBody>;
 
 /// Methods and paths.
-const ROUTES: [(&str, &str, Handler); 6] = [
+const ROUTES: [(&str, &str, Handler); 7] = [
     ("GET", "/v1/sandbox", sandbox),
     ("POST", "/v1/pause", pause),
     ("POST", "/v1/resume", resume),
     ("POST", "/v1/stop", stop),
+    ("POST", "/v1/exec", exec),
     ("GET", "/v1/console", console),
     ("GET", "/v1/openapi.json", openapi),
 ];
@@ -243,6 +244,16 @@ fn stop(control: &Control, request: &Request, _: &mut UnixStream) -> Result<Repl
     json(&StopView { forced })
 }
 
+fn exec(control: &Control, request: &Request, stream: &mut UnixStream) -> Result<Reply, ErrorBody> {
+    refuse_while_stopping(control)?;
+    if control.machine()?.state() == RunState::Paused {
+        let message = "the sandbox is paused: POST /v1/resume first";
+        return Err(ErrorBody::new(ErrorCode::Conflict, message));
+    }
+    let body = body(request)?;
+    super::exec::exec(&control.paths, &control.record, &body, stream).map(|()| Reply::Sent)
+}
+
 fn console(
     control: &Control,
     request: &Request,
@@ -280,7 +291,7 @@ fn console(
 }
 
 /// A client that has closed its end reads nothing more. One that has only ended its requests counts as gone as well.
-fn client_is_gone(stream: &UnixStream) -> bool {
+pub fn client_is_gone(stream: &UnixStream) -> bool {
     let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
     let now = Timespec {
         tv_sec: 0,

@@ -1,5 +1,7 @@
 //! What the API sends and takes (`openapi.json` has the same in words).
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::machine::RunState;
@@ -73,6 +75,61 @@ impl Default for StopRequest {
 pub struct StopView {
     /// The guest did not end in time.
     pub forced: bool,
+}
+
+/// A program to run.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ExecBody {
+    /// The program and its arguments.
+    pub argv: Vec<String>,
+    /// Variables on top of the sandbox's own.
+    pub env: BTreeMap<String, String>,
+    /// The directory it starts in; empty for the sandbox's choice.
+    pub cwd: String,
+    /// Who runs it: a name, or UID[:GID]; empty for the unprivileged user.
+    pub user: String,
+    /// What it reads on standard input.
+    pub stdin: String,
+    /// After this time it is killed with all that it has started, in milliseconds; 0 for never.
+    pub timeout_ms: u64,
+    /// Memory that it and all that it starts may use together, in bytes; 0 for no limit.
+    pub memory_bytes: u64,
+    /// Processors that they may use, in thousandths; 0 for no limit.
+    pub cpu_millis: u32,
+    /// Processes and threads that they may be; 0 for no limit.
+    pub processes: u32,
+}
+
+/// One line of the answer to [`ExecBody`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExecEvent {
+    /// Bytes of standard output, in Base64.
+    Stdout(String),
+    /// Bytes of standard error, in Base64.
+    Stderr(String),
+    /// The program has ended: the last line.
+    Ended(EndedView),
+    /// The program did not start, or its end is not known: the last line.
+    Error(ErrorBody),
+}
+
+/// How a program ended, and what it used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndedView {
+    /// Its exit status; 128 and the number of the signal that killed it.
+    pub status: u8,
+    /// Its time was over.
+    pub timed_out: bool,
+    /// A process was killed for going over the limit on memory.
+    pub oom_killed: bool,
+    /// Processor time in user mode, in milliseconds.
+    pub user_ms: u64,
+    /// Processor time in the kernel, in milliseconds.
+    pub system_ms: u64,
+    /// The most memory that it used, in bytes.
+    pub peak_memory_bytes: u64,
 }
 
 /// An error, as `{"error": …}` and with a 4xx or 5xx status.
