@@ -143,19 +143,21 @@ pub fn unpack(stream: impl Read, root: &Path) -> Result<(), TreeError> {
         if !name.components().all(plain) {
             return Err(leads_out());
         }
-        match entry.header().entry_type() {
+        let inside = match entry.header().entry_type() {
             EntryType::Directory => {
                 let directory = make_directory(&base, &name)?;
                 // One that may not be written to is filled before it is closed.
                 let mode = entry.header().mode().unwrap_or(0o755) & 0o777;
                 directories.push((directory, mode));
+                true
             }
             EntryType::Regular | EntryType::Continuous | EntryType::Symlink | EntryType::Link => {
-                if !entry.unpack_in(&base).map_err(at(&root.join(&name)))? {
-                    return Err(leads_out());
-                }
+                entry.unpack_in(&base).map_err(at(&root.join(&name)))?
             }
-            _ => {}
+            _ => true,
+        };
+        if !inside {
+            return Err(leads_out());
         }
     }
     for (directory, mode) in directories.iter().rev() {

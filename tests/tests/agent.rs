@@ -1,0 +1,89 @@
+//! The agent in a real guest: users, limits, terminals, files, many requests at once, clients that
+//! vanish. One guest serves all cases, as a boot takes seconds on a software KVM.
+
+#[path = "agent/files.rs"]
+mod files;
+#[path = "agent/guest.rs"]
+mod guest;
+#[path = "agent/programs.rs"]
+mod programs;
+#[path = "agent/python.rs"]
+mod python;
+
+use std::process::ExitCode;
+
+use tests::Needs::Guest;
+use tests::test;
+
+fn main() -> ExitCode {
+    let code = tests::main(vec![
+        test(
+            "code_runs_without_privileges_unless_asked",
+            Guest,
+            programs::users,
+        ),
+        test(
+            "twenty_programs_run_at_once_on_one_connection",
+            Guest,
+            programs::twenty,
+        ),
+        test(
+            "a_terminal_has_a_size_that_changes",
+            Guest,
+            programs::terminal,
+        ),
+        test("memory_is_limited", Guest, programs::memory_limit),
+        test(
+            "processes_and_processor_time_are_limited",
+            Guest,
+            programs::other_limits,
+        ),
+        test(
+            "time_that_is_over_ends_the_whole_tree",
+            Guest,
+            programs::timeout,
+        ),
+        test(
+            "a_cancelled_program_ends_with_its_tree",
+            Guest,
+            programs::cancel,
+        ),
+        test(
+            "a_client_that_vanishes_leaves_nothing",
+            Guest,
+            programs::vanish,
+        ),
+        test(
+            "a_thousand_connections_leak_nothing",
+            Guest,
+            programs::thousand,
+        ),
+        test(
+            "a_slow_reader_makes_the_program_wait",
+            Guest,
+            programs::slow_reader,
+        ),
+        test("files_are_written_read_and_listed", Guest, files::basics),
+        test("files_are_written_whole_or_not_at_all", Guest, files::whole),
+        test(
+            "users_may_do_what_the_kernel_lets_them",
+            Guest,
+            files::permissions,
+        ),
+        test("trees_move_both_ways", Guest, files::trees),
+        test("changes_are_told", Guest, files::changes),
+        test("a_full_disk_is_told", Guest, files::full),
+        test(
+            "a_hundred_mebibytes_move_intact_each_way",
+            Guest,
+            files::large,
+        ),
+        test(
+            "a_client_in_python_follows_the_contract",
+            Guest,
+            python::client,
+        ),
+    ]);
+    guest::end();
+    code
+}
