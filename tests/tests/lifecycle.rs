@@ -1,12 +1,17 @@
 //! Sandboxes that live on: a day in the life of an orchestrator, and of those who share a host.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
+use rustix::fs::OFlags;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
 use serde_json::Value;
 use tests::Needs::{Guest, Nothing};
 use tests::{Output, Vmm, test, vmm_path};
@@ -154,6 +159,7 @@ fn day() -> Result<(), Failed> {
     host.run(&["exec", "three", "--", "sh", "-c", "exit 9"])?
         .expect_status(9)?;
 
+    copy(&host)?;
     follow_logs(&host)?;
     pause_and_resume(&host)?;
     host.refused(&["start", "one"], &["\"one\" is running", "--name"])?;
@@ -178,6 +184,7 @@ fn day() -> Result<(), Failed> {
     }
     wait_for(|| Ok(host.inspect("one")?["state"] == "ended"))?;
     exec_by_api(&host)?;
+    interactive_shell(&host)?;
     let exit = host.inspect("one")?["exit"].clone();
     if (&exit["status"], &exit["reason"]) != (&0.into(), &"stopped".into()) {
         return Err(format!("one ended so: {exit}").into());
@@ -224,6 +231,52 @@ fn wait_for(condition: impl Fn() -> Result<bool, Failed>) -> Result<(), Failed> 
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())
+}
+
+/// A tree and a file go in and come back as they were.
+fn copy(host: &Host) -> Result<(), Failed> {
+    let at = |name: &str| host.0.path().join(name).to_string_lossy().into_owned();
+    fs::create_dir_all(at("tree/inner/empty"))?;
+    fs::write(at("tree/inner/script"), "echo from the tree\n")?;
+    fs::set_permissions(at("tree/inner/script"), fs::Permissions::from_mode(0o750))?;
+    std::os::unix::fs::symlink("inner/script", at("tree/link"))?;
+    let bytes: Vec<u8> = (0..300_000_u32).flat_map(u32::to_le_bytes).collect();
+    fs::write(at("tree/data"), &bytes)?;
+
+    host.ok(&["cp", &at("tree"), "one:"])?;
+    host.ok(&[
+        "exec",
+        "one",
+        "--",
+        "sh",
+        "-c",
+        "sh tree/link && sh tree/inner/script | head -c 9",
+    ])?
+    .expect_stdout("from the tree\nfrom the ")?;
+    host.ok(&["cp", "one:tree", &at("back")])?;
+    let same = Command::new("diff")
+        .args(["--recursive", "--no-dereference", &at("tree"), &at("back")])
+        .status()?;
+    let mode = fs::metadata(at("back/inner/script"))?.permissions().mode();
+    if !same.success() || mode & 0o777 != 0o750 {
+        return Err(format!("the tree came back different (mode {mode:o})").into());
+    }
+    host.ok(&["cp", "one:tree/data", &at("data")])?;
+    if fs::read(at("data"))? != bytes {
+        return Err("the file came back different".into());
+    }
+    host.refused(
+        &["cp", "one:nothing", &at("x")],
+        &["one: ", "nothing", "No such file"],
+    )?;
+    host.refused(
+        &["cp", &at("nothing"), "one:"],
+        &["nothing", "No such file"],
+    )?;
+    host.refused(
+        &["cp", &at("data"), "one:/root/data"],
+        &["one: /root", "Permission denied"],
+    )
 }
 
 /// A reader of the console sees a line that the guest prints after the reader came.
@@ -305,6 +358,97 @@ fn exec_by_api(host: &Host) -> Result<(), Failed> {
         let left = host.run(&["exec", "two", "--", "pgrep", "-f", "sleep 12345"])?;
         Ok(left.status == Some(1))
     })
+}
+
+/// A terminal of ours, with what it has shown.
+struct Terminal {
+    ours: fs::File,
+    shown: Arc<Mutex<String>>,
+}
+
+impl Terminal {
+    /// A new one, and the end that a program is given.
+    fn open() -> Result<(Self, fs::File), Failed> {
+        let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
+        grantpt(&ours)?;
+        unlockpt(&ours)?;
+        let theirs = ptsname(&ours, Vec::new())?;
+        let theirs = fs::File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(i32::try_from(OFlags::NOCTTY.bits())?)
+            .open(theirs.to_str()?)?;
+        let ours = fs::File::from(ours);
+        let shown = Arc::<Mutex<String>>::default();
+        let (mut reader, text) = (ours.try_clone()?, Arc::clone(&shown));
+        std::thread::spawn(move || {
+            let mut buffer = [0; 1024];
+            while let Ok(count @ 1..) = reader.read(&mut buffer) {
+                let piece = String::from_utf8_lossy(&buffer[..count]);
+                text.lock().unwrap().push_str(&piece);
+            }
+        });
+        Ok((Self { ours, shown }, theirs))
+    }
+
+    fn resize(&self, ws_row: u16, ws_col: u16) -> Result<(), Failed> {
+        let size = Winsize {
+            ws_row,
+            ws_col,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        Ok(tcsetwinsize(&self.ours, size)?)
+    }
+
+    fn expect(&self, text: &str) -> Result<(), Failed> {
+        wait_for(|| Ok(self.shown.lock().unwrap().contains(text))).map_err(|_| {
+            let shown = self.shown.lock().unwrap();
+            format!("{text:?} is not in {shown:?}").into()
+        })
+    }
+
+    fn type_in(&mut self, keys: &str) -> Result<(), Failed> {
+        Ok(self.ours.write_all(keys.as_bytes())?)
+    }
+}
+
+/// A shell on a terminal: it knows the terminal's size, also when that changes, and its keys.
+fn interactive_shell(host: &Host) -> Result<(), Failed> {
+    let (mut terminal, theirs) = Terminal::open()?;
+    terminal.resize(33, 101)?;
+    let mut shell = Command::new("setsid")
+        .args(["--ctty", "--wait"])
+        .arg(vmm_path())
+        .args(["exec", "-it", "two", "--", "sh"])
+        .env("XDG_RUNTIME_DIR", host.0.path())
+        .stdin(theirs.try_clone()?)
+        .stdout(theirs.try_clone()?)
+        .stderr(theirs)
+        .spawn()?;
+    terminal.type_in("stty size\n")?;
+    terminal.expect("33 101")?;
+    terminal.resize(44, 99)?;
+    // The change and the keys take different ways.
+    wait_for(|| {
+        let mut keys = &terminal.ours;
+        keys.write_all(b"stty size\n")?;
+        std::thread::sleep(Duration::from_millis(500));
+        Ok(terminal.shown.lock().unwrap().contains("44 99"))
+    })?;
+    // Ctrl-C ends what runs, and not the shell.
+    terminal.type_in("echo begun; sleep 1000; echo over\n")?;
+    terminal.expect("begun\r\n")?;
+    terminal.type_in("\u{3}")?;
+    terminal.type_in("echo still $((40 + 2)) here\n")?;
+    terminal.expect("still 42 here")?;
+    terminal.type_in("exit 7\n")?;
+    wait_for(|| Ok(terminal.shown.lock().unwrap().contains("exit 7")))?;
+    let status = shell.wait()?;
+    match status.code() {
+        Some(7) => Ok(()),
+        _ => Err(format!("the shell ended with {status}").into()),
+    }
 }
 
 /// What the server sends has what its own description requires.
