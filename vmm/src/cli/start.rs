@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -72,6 +73,7 @@ pub fn start(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
     // Directly behind the subcommand, which is the first word.
     words.insert(1.min(words.len()), "--monitor".into());
     let mut child = Command::new("/proc/self/exe")
+        .arg0("vmm")
         .args(words)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -188,7 +190,9 @@ fn monitor(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
     if args.vm.timings {
         let _ = write!(io::stderr(), "{timings}");
     }
-    leave_terminal(&sandbox).map_err(broken)?;
+    leave_terminal(&sandbox).map_err(|error| {
+        CliError::Monitor(format!("nobody waits for the sandbox any more: {error}"))
+    })?;
 
     let ending = supervisor.wait_for_end();
     if let Ending::Signal(_) = ending {
@@ -217,9 +221,9 @@ fn ready_agent(boot: &Boot<'_>, ready: UnixListener) -> Result<Agent, CliError> 
 
 /// Tells who waits that the sandbox is ready, and from then on belongs to nobody. What is logged goes to a file.
 fn leave_terminal(sandbox: &SandboxDir) -> io::Result<()> {
-    // Who started it may be gone; the sandbox is there all the same.
-    let _ = writeln!(io::stdout(), "{}", sandbox.id());
-    let _ = io::stdout().flush();
+    // Who started it and did not wait does not want it: this fails where nobody reads.
+    writeln!(io::stdout(), "{}", sandbox.id())?;
+    io::stdout().flush()?;
     // It fails only for the leader of a process group, which has left its starter's already.
     let _ = rustix::process::setsid();
     let null = File::options().read(true).write(true).open("/dev/null")?;
