@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use libtest_mimic::Failed;
 use vmm::agent::{Agent, AgentError, FileKind, WatchKind, WriteOptions};
 
-use crate::guest::{ask, connect, expect};
+use crate::guest::{ask, connect, expect, is_slow};
 
 fn refusal<T: std::fmt::Debug>(result: Result<T, AgentError>, word: &str) -> Result<(), Failed> {
     match result {
@@ -151,7 +151,7 @@ pub fn whole() -> Result<(), Failed> {
     let names =
         |agent: &Agent| -> Result<usize, Failed> { Ok(agent.list(Path::new("whole"))?.len()) };
     for path in ["whole/file", "whole/other"] {
-        let source = &mut Failing(30);
+        let source = &mut Failing(4);
         let result = agent.write_file(Path::new(path), source, WriteOptions::default());
         expect(matches!(result, Err(AgentError::Source(_))), result)?;
     }
@@ -221,14 +221,14 @@ pub fn trees() -> Result<(), Failed> {
     let here = tempfile::tempdir()?;
     let from = here.path().join("from");
     std::fs::create_dir_all(from.join("deep/er"))?;
-    let data: Vec<u8> = (0..2_000_000_u32)
+    let data: Vec<u8> = (0..200_000_u32)
         .map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1])
         .collect();
     std::fs::write(from.join("deep/er/data"), &data)?;
     std::fs::write(from.join("run"), "#!/bin/sh\necho ran\n")?;
     std::fs::set_permissions(from.join("run"), std::fs::Permissions::from_mode(0o755))?;
     symlink("deep/er/data", from.join("link"))?;
-    for n in 0..50 {
+    for n in 0..9 {
         std::fs::write(from.join(format!("deep/{n}")), n.to_string())?;
     }
     agent.write_tree(&from, Path::new("trees/in"))?;
@@ -236,7 +236,7 @@ pub fn trees() -> Result<(), Failed> {
         &agent,
         "cd /home/user/trees/in; ./run; ls deep | wc -l; wc -c <link; stat -c %U run",
     )?;
-    expect(told == "ran\n51\n2000000\nuser\n", told)?;
+    expect(told == "ran\n10\n200000\nuser\n", told)?;
     let back = here.path().join("back");
     agent.read_tree(Path::new("trees/in"), &back)?;
     let status = std::process::Command::new("diff")
@@ -315,9 +315,9 @@ pub fn full() -> Result<(), Failed> {
     let agent = connect()?.as_user("root");
     ask(
         &agent,
-        "mkdir /mnt/small; mount -t tmpfs -o size=1m none /mnt/small",
+        "mkdir /mnt/small; mount -t tmpfs -o size=128k none /mnt/small",
     )?;
-    let mut source = io::repeat(b'x').take(3 << 20);
+    let mut source = io::repeat(b'x').take(1 << 20);
     let path = Path::new("/mnt/small/file");
     refusal(
         agent.write_file(path, &mut source, WriteOptions::default()),
@@ -385,8 +385,7 @@ impl Write for Pattern {
 }
 
 pub fn large() -> Result<(), Failed> {
-    let size = std::env::var("BOUGH_TEST_LARGE");
-    let mebibytes: u32 = size.map_or(Ok(100), |text| text.parse())?;
+    let mebibytes: u32 = if is_slow() { 4 } else { 100 };
     let size = u64::from(mebibytes) << 20;
     let agent = connect()?;
     let path = Path::new("/tmp/large");

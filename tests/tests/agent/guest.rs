@@ -117,6 +117,11 @@ pub fn ask(agent: &Agent, line: &str) -> Result<String, Failed> {
     }
 }
 
+/// Whether each byte that the guest's kernel copies takes an emulator a microsecond.
+pub fn is_slow() -> bool {
+    vmm::host::KvmKind::detect() == vmm::host::KvmKind::Software
+}
+
 /// Fails with `what` unless it holds.
 pub fn expect(holds: bool, what: impl std::fmt::Debug) -> Result<(), Failed> {
     if holds {
