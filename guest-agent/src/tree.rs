@@ -55,12 +55,13 @@ fn at(path: &Path) -> impl Fn(io::Error) -> TreeError + '_ {
 /// [`TreeError::Io`] and [`TreeError::TooDeep`].
 pub fn pack(root: &Path, out: impl Write) -> Result<(), TreeError> {
     let fail = at(root);
+    // Before there is a builder, which writes an archive's end also when nothing was packed.
+    let resolved = root.canonicalize().map_err(&fail)?;
+    let metadata = resolved.metadata().map_err(&fail)?;
     let mut builder = Builder::new(out);
     builder.mode(HeaderMode::Complete);
     builder.follow_symlinks(false);
     builder.sparse(false);
-    let resolved = root.canonicalize().map_err(&fail)?;
-    let metadata = resolved.metadata().map_err(&fail)?;
     if metadata.is_dir() {
         builder.append_dir("./", &resolved).map_err(&fail)?;
         pack_below(&mut builder, &resolved, Path::new(""), 0)?;

@@ -307,7 +307,10 @@ pub fn changes() -> Result<(), Failed> {
         agent.watch(Path::new("nowhere"), false, |_| true),
         "NotFound",
     )?;
-    agent.remove(Path::new("watched"), true)?;
+    // What root made in it is root's.
+    agent
+        .as_user("root")
+        .remove(Path::new("/home/user/watched"), true)?;
     Ok(())
 }
 
