@@ -324,7 +324,17 @@ fn closed_output() -> Result<(), Failed> {
 fn warnings() -> Result<(), Failed> {
     let code = "import socket\ns = socket.socket(socket.AF_VSOCK)\ntry: s.connect((2, 9999))\nexcept OSError as e: print(e)\n\
         open('/dev/console', 'w').write('to the console')";
-    let output = run(&["--console", "-", "--lang", "python", "-c", code]).run()?;
+    let output = run(&[
+        "--console",
+        "-",
+        "--user",
+        "root",
+        "--lang",
+        "python",
+        "-c",
+        code,
+    ])
+    .run()?;
     output
         .expect_status(0)?
         .expect_stderr(&["port 9999", "to the console"])?;
