@@ -74,10 +74,13 @@ pub fn end() {
     }
 }
 
+/// What a case may take of a loaded host.
+const PATIENCE: Duration = Duration::from_secs(170);
+
 /// A connection of one's own.
 pub fn connect() -> Result<Agent, Failed> {
     let agent = Agent::connect(socket()?, AGENT_PORT, None)?;
-    agent.set_deadline(Some(Instant::now() + Duration::from_secs(60)));
+    agent.set_deadline(Some(Instant::now() + PATIENCE));
     Ok(agent)
 }
 
