@@ -78,6 +78,8 @@ pub struct AgentEntry {
     pub env: BTreeMap<String, String>,
     /// The directory of the guest to run in.
     pub cwd: Option<String>,
+    /// Who runs them: a name, or `UID[:GID]`.
+    pub user: Option<String>,
 }
 
 /// How a file is written.

@@ -65,7 +65,9 @@ pub fn exec(args: &ExecArgs) -> Result<u8, CliError> {
             value: value.clone().into_bytes(),
         })
         .collect();
-    let work = args.program.work(&env, record.cwd.as_deref())?;
+    let work = args
+        .program
+        .work(&env, record.cwd.as_deref(), record.user.as_deref())?;
     match perform(&agent, work, true) {
         Ok(ended) => Ok(ended.shell_status()),
         Err(AgentError::Output { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => {

@@ -36,8 +36,8 @@ pub struct ProgramArgs {
     #[arg(long, value_name = "DIR")]
     cwd: Option<OsString>,
     /// Who runs it in the guest: a name, or UID[:GID] [default: the unprivileged user]
-    #[arg(short, long, value_name = "USER", default_value = "")]
-    user: String,
+    #[arg(short, long, value_name = "USER")]
+    user: Option<String>,
     /// Give it a terminal
     #[arg(short, long)]
     tty: bool,
@@ -102,8 +102,14 @@ pub enum Work {
 }
 
 impl ProgramArgs {
-    /// What the arguments ask for, in a sandbox whose programs get `env`, and start in `cwd`, unless told otherwise.
-    pub fn work(&self, env: &[EnvVar], cwd: Option<&str>) -> Result<Work, CliError> {
+    /// What the arguments ask for, in a sandbox whose programs get `env`, start in `cwd`, and are run by `user`, unless told
+    /// otherwise.
+    pub fn work(
+        &self,
+        env: &[EnvVar],
+        cwd: Option<&str>,
+        user: Option<&str>,
+    ) -> Result<Work, CliError> {
         // The last of a name counts.
         let env: Vec<_> = env.iter().chain(&self.env).cloned().collect();
         let cwd = self.cwd.clone().or(cwd.map(OsString::from));
@@ -111,7 +117,7 @@ impl ProgramArgs {
         let bytes = |words: &[OsString]| -> Vec<Vec<u8>> {
             words.iter().map(|word| word.as_bytes().to_vec()).collect()
         };
-        let user = self.user.clone();
+        let user = self.user.as_deref().or(user).unwrap_or_default().to_owned();
         let pty = self.tty.then(terminal::pty);
         let limits = self.limits();
         let Some(lang) = self.lang else {

@@ -44,7 +44,9 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
     let vm = args.vm.resolve()?;
     let kernel = installed_kernel(vm.kernel.as_deref())?;
     let image = installed_image(vm.image.as_deref())?;
-    let work = args.program.work(&vm.env, vm.cwd.as_deref())?;
+    let work = args
+        .program
+        .work(&vm.env, vm.cwd.as_deref(), vm.user.as_deref())?;
     let monitor = |error: io::Error| CliError::Monitor(error.to_string());
     let signals = Arc::new(Signals::catch().map_err(monitor)?);
     install_kick_handler().map_err(monitor)?;

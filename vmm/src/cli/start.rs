@@ -136,6 +136,7 @@ fn record(sandbox: &SandboxDir, args: &StartArgs, vm: &VmSpec, config: &VmConfig
         labels,
         env: env.collect(),
         cwd: vm.cwd.clone(),
+        user: vm.user.clone(),
     }
 }
 

@@ -41,6 +41,8 @@ pub struct VmSpec {
     pub env: Vec<EnvVar>,
     /// The directory of the guest to run programs in.
     pub cwd: Option<String>,
+    /// Who runs them.
+    pub user: Option<String>,
 }
 
 impl VmSpec {
@@ -113,6 +115,7 @@ impl VmArgs {
             timeout: self.timeout.or(file.timeout),
             env: env.collect(),
             cwd: file.agent.cwd,
+            user: file.agent.user,
         }
     }
 }

@@ -242,8 +242,8 @@ fn mistakes_in_json_are_named_with_their_place() {
             "conf/vm.json:2: unknown key memroy: did you mean memory?",
         ),
         (
-            "{\"agent\": {\"user\": \"x\", \"cwd\": 1}}",
-            "unknown key agent.user: known here are env, cwd",
+            "{\"agent\": {\"shell\": \"x\", \"cwd\": 1}}",
+            "unknown key agent.shell: known here are env, cwd, user",
         ),
     ] {
         let error = json(text).unwrap_err();

@@ -37,6 +37,10 @@ fn request(body: &ExecBody, record: &Record) -> ExecRequest {
         Some(cwd) if body.cwd.is_empty() => cwd,
         _ => &body.cwd,
     };
+    let user = match &record.user {
+        Some(user) if body.user.is_empty() => user,
+        _ => &body.user,
+    };
     ExecRequest {
         argv: body
             .argv
@@ -46,7 +50,7 @@ fn request(body: &ExecBody, record: &Record) -> ExecRequest {
         // The last of a name counts.
         env: record.env.iter().chain(&body.env).map(var).collect(),
         cwd: cwd.clone().into_bytes(),
-        user: body.user.clone(),
+        user: user.clone(),
         stdin: !body.stdin.is_empty(),
         limits: (limits != Limits::default()).then_some(limits),
         timeout_ms: body.timeout_ms,

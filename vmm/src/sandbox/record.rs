@@ -48,6 +48,9 @@ pub struct Record {
     /// The directory that programs start in; absent for the agent's choice.
     #[serde(default)]
     pub cwd: Option<String>,
+    /// Who runs programs; absent for the agent's choice, the unprivileged user.
+    #[serde(default)]
+    pub user: Option<String>,
 }
 
 /// How a sandbox ended.
