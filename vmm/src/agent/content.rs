@@ -69,6 +69,14 @@ impl Content {
         told
     }
 
+    /// A request that has failed brings nothing more to wait for. A writer that is dropped tries once more.
+    fn still_going(&self) -> io::Result<()> {
+        match &self.failure {
+            Some(error) => Err(io::Error::other(error.to_string())),
+            None => Ok(()),
+        }
+    }
+
     /// The next bytes; none at the end.
     pub fn fill(&mut self) -> Result<&[u8], AgentError> {
         while self.start == self.data.len() && !self.done {
@@ -124,6 +132,7 @@ impl Content {
 
 impl Read for Content {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.still_going()?;
         let result = self.fill().map(|mut data| data.read(out));
         match result {
             Ok(count) => count.inspect(|count| self.consume(*count)),
@@ -137,6 +146,7 @@ impl Write for Content {
         if bytes.is_empty() {
             return Ok(0);
         }
+        self.still_going()?;
         self.put(bytes).map_err(|error| self.keep(error))
     }
 
