@@ -37,8 +37,8 @@ mod tests {
     fn mistakes_are_one_line_with_a_suggestion() {
         for (words, expected) in [
             (
-                &["vmm", "rum"][..],
-                "unrecognized subcommand 'rum'; a similar subcommand exists: 'run'; --help says more",
+                &["vmm", "dokter"][..],
+                "unrecognized subcommand 'dokter'; a similar subcommand exists: 'doctor'; --help says more",
             ),
             (
                 &["vmm", "boot", "--memroy", "1"],
