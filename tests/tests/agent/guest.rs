@@ -144,7 +144,7 @@ pub fn wait_until(
         if holds()? {
             return Ok(asked);
         }
-        if asked > Duration::from_secs(20) {
+        if asked > Duration::from_secs(60) {
             return Err("waited in vain".into());
         }
     }

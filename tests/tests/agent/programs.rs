@@ -331,7 +331,7 @@ pub fn timeout() -> Result<(), Failed> {
     )?;
     let took = start.elapsed();
     expect(
-        took >= Duration::from_millis(1500) && took < Duration::from_millis(2500),
+        took >= Duration::from_millis(1500) && took < Duration::from_secs(10),
         took,
     )?;
     expect(count(&agent, "sleep 4242")? == 0, "a sleep is left")?;
