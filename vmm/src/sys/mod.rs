@@ -3,6 +3,7 @@
 //! Each file wraps one thing and states the invariant that makes its `unsafe` sound.
 #![allow(unsafe_code)]
 
+pub mod advise;
 pub mod file_mapping;
 pub mod userfaultfd;
 pub mod vectored;
