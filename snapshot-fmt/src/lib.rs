@@ -5,4 +5,5 @@
 //! nothing here is trusted by who reads it: a restored value may be hostile.
 #![forbid(unsafe_code)]
 
+pub mod bytes;
 pub mod state;

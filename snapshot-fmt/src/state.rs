@@ -1,3 +1,5 @@
 //! Plain data that a component saves and is restored from.
 
+pub mod platform;
+pub mod vcpu;
 pub mod virtio;

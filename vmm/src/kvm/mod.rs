@@ -3,15 +3,16 @@
 #![allow(unsafe_code)]
 
 mod kick;
+pub mod platform;
 
 use std::io;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_INTERNAL_ERROR_EMULATION,
     KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
-    kvm_pit_config, kvm_run, kvm_userspace_memory_region,
+    kvm_pit_config, kvm_run, kvm_userspace_memory_region, kvm_xsave,
 };
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
@@ -46,6 +47,18 @@ pub enum KvmError {
     /// It lacks what this monitor needs.
     #[error("this KVM lacks {0}, which bough needs: update the host's kernel")]
     Capability(&'static str),
+    /// A saved structure has another size than KVM's.
+    #[error(
+        "the saved {what} has {len} bytes, KVM's has {want}: the snapshot is damaged, or of another architecture"
+    )]
+    Structure {
+        /// Which structure.
+        what: &'static str,
+        /// Its saved size.
+        len: usize,
+        /// What KVM takes.
+        want: usize,
+    },
     /// A call failed.
     #[error("KVM call {call} failed: {source}")]
     Call {
@@ -62,6 +75,15 @@ pub fn call_failed<E: Into<io::Error>>(call: &'static str) -> impl FnOnce(E) -> 
         call,
         source: error.into(),
     }
+}
+
+/// KVM's structure `what` out of saved bytes.
+pub fn structure<T: zerocopy::FromBytes>(what: &'static str, bytes: &[u8]) -> Result<T, KvmError> {
+    T::read_from_bytes(bytes).map_err(|_| KvmError::Structure {
+        what,
+        len: bytes.len(),
+        want: size_of::<T>(),
+    })
 }
 
 /// Opens KVM and checks that it has what a sandbox needs.
@@ -154,6 +176,13 @@ pub fn register_files(vm: &VmFd, first: u32, files: &[(u64, FileMapping)]) -> Re
     Ok(())
 }
 
+/// Restores the XSAVE area.
+pub fn set_xsave(vcpu: &VcpuFd, xsave: &kvm_xsave) -> Result<(), KvmError> {
+    // SAFETY: KVM reads more than the structure only where this process has asked for features whose state is larger
+    // (arch_prctl, ARCH_REQ_XCOMP_GUEST_PERM), which nothing in it does.
+    unsafe { vcpu.set_xsave(xsave) }.map_err(call_failed("KVM_SET_XSAVE"))
+}
+
 fn host_address(region: &GuestRegionMmap) -> u64 {
     region.get_mmap().as_ptr() as u64
 }
@@ -175,4 +204,19 @@ pub fn internal_error(run: &kvm_run) -> (u32, Option<Vec<u8>>) {
         failure.suberror,
         has_bytes.then(|| instruction.insn_bytes[..len].to_vec()),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::structure;
+
+    #[test]
+    fn a_structure_of_another_size_is_refused() {
+        let error = structure::<kvm_bindings::kvm_regs>("kvm_regs", &[0; 7]).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains("kvm_regs has 7 bytes, KVM's has 144"),
+            "{error}"
+        );
+    }
 }

@@ -5,5 +5,6 @@
 
 pub mod advise;
 pub mod file_mapping;
+pub mod fork;
 pub mod userfaultfd;
 pub mod vectored;

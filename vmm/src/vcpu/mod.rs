@@ -2,6 +2,7 @@
 
 mod emulation;
 mod exits;
+pub mod state;
 mod thread;
 
 use std::io::Error;

@@ -44,13 +44,17 @@ enum Wanted {
     Stop,
 }
 
-#[derive(Debug)]
+/// Something to do with a processor that waits.
+type Task = Box<dyn FnOnce(&VcpuFd) + Send>;
+
 struct Gate {
     wanted: Wanted,
     /// The thread is outside KVM_RUN with no access half done, and stays there until `wanted` changes.
     parked: bool,
     /// The thread has ended.
     ended: bool,
+    /// What it is to do while it is parked.
+    task: Option<Task>,
 }
 
 struct Shared {
@@ -67,10 +71,16 @@ impl Shared {
     /// Called by the thread where KVM_RUN was interrupted: waits while a pause is wanted. False where the thread shall end.
     ///
     /// KVM finishes the access that the last exit was for before it looks at `immediate_exit`, so the state is whole here.
-    fn pass(&self) -> bool {
+    fn pass(&self, vcpu: &VcpuFd) -> bool {
         let mut gate = self.lock();
         while gate.wanted == Wanted::Pause {
             gate.parked = true;
+            if let Some(task) = gate.task.take() {
+                drop(gate);
+                task(vcpu);
+                gate = self.lock();
+                continue;
+            }
             self.changed.notify_all();
             gate = self
                 .changed
@@ -99,6 +109,7 @@ impl VcpuThread {
                 wanted: Wanted::Run,
                 parked: false,
                 ended: false,
+                task: None,
             }),
             changed: Condvar::new(),
             kick: Kick::new(&vcpu)?,
@@ -114,7 +125,7 @@ impl VcpuThread {
                 loop {
                     match run_once(&mut vcpu, &context) {
                         Next::Run => {}
-                        Next::Interrupted if own.pass() => {}
+                        Next::Interrupted if own.pass(&vcpu) => {}
                         Next::Interrupted => break,
                         Next::Exit(reason) => {
                             context.exit.set(reason);
@@ -122,7 +133,10 @@ impl VcpuThread {
                         }
                     }
                 }
-                own.lock().ended = true;
+                let mut gate = own.lock();
+                gate.ended = true;
+                // Whoever waits for its answer learns that there is none.
+                gate.task = None;
                 own.changed.notify_all();
             })?;
         Ok(Self {
@@ -149,6 +163,16 @@ impl VcpuThread {
         true
     }
 
+    /// Has the thread of a processor that is paused do `task` with it, without waiting for its end. A processor that runs
+    /// again, or has ended, drops the task undone.
+    pub fn when_paused(&self, task: impl FnOnce(&VcpuFd) + Send + 'static) {
+        let mut gate = self.shared.lock();
+        if gate.parked && !gate.ended {
+            gate.task = Some(Box::new(task));
+        }
+        self.shared.changed.notify_all();
+    }
+
     /// Lets the processor run on.
     pub fn resume(&self) {
         self.want(Wanted::Run);
@@ -157,6 +181,9 @@ impl VcpuThread {
     fn want(&self, wanted: Wanted) {
         let mut gate = self.shared.lock();
         gate.wanted = wanted;
+        if wanted != Wanted::Pause {
+            gate.task = None;
+        }
         if wanted == Wanted::Run {
             // A thread that is not parked yet finds in `pass` that it may run on.
             gate.parked = false;

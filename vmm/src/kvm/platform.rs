@@ -1,0 +1,59 @@
+//! What KVM keeps for a whole machine, saved and restored: interrupt controllers, timer, clock.
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+};
+use kvm_ioctls::VmFd;
+use snapshot_fmt::state::platform::PlatformState;
+use zerocopy::IntoBytes;
+
+use super::{KvmError, call_failed, structure};
+
+const CHIPS: [u32; 3] = [
+    KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE,
+    KVM_IRQCHIP_IOAPIC,
+];
+
+/// Saves what processors share. They are outside of KVM_RUN.
+pub fn save(vm: &VmFd) -> Result<PlatformState, KvmError> {
+    let irqchips = CHIPS.map(|chip_id| -> Result<Vec<u8>, KvmError> {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        vm.get_irqchip(&mut chip)
+            .map_err(call_failed("KVM_GET_IRQCHIP"))?;
+        Ok(chip.as_bytes().to_vec())
+    });
+    let pit = vm.get_pit2().map_err(call_failed("KVM_GET_PIT2"))?;
+    let clock = vm.get_clock().map_err(call_failed("KVM_GET_CLOCK"))?;
+    Ok(PlatformState {
+        irqchips: irqchips.into_iter().collect::<Result<_, _>>()?,
+        pit: pit.as_bytes().to_vec(),
+        clock_ns: clock.clock,
+    })
+}
+
+/// Restores interrupt controllers and timer, before the processors' local APICs.
+pub fn restore(vm: &VmFd, state: &PlatformState) -> Result<(), KvmError> {
+    for (index, chip_id) in CHIPS.into_iter().enumerate() {
+        let bytes = state.irqchips.get(index).map_or(&[][..], Vec::as_slice);
+        let mut chip: kvm_irqchip = structure("kvm_irqchip", bytes)?;
+        chip.chip_id = chip_id;
+        vm.set_irqchip(&chip)
+            .map_err(call_failed("KVM_SET_IRQCHIP"))?;
+    }
+    vm.set_pit2(&structure("kvm_pit_state2", &state.pit)?)
+        .map_err(call_failed("KVM_SET_PIT2"))?;
+    Ok(())
+}
+
+/// Lets the guest's clock go on from where it was saved. Last of all: from here on it runs.
+pub fn restore_clock(vm: &VmFd, state: &PlatformState) -> Result<(), KvmError> {
+    let clock = kvm_clock_data {
+        clock: state.clock_ns,
+        ..Default::default()
+    };
+    vm.set_clock(&clock).map_err(call_failed("KVM_SET_CLOCK"))
+}
