@@ -8,13 +8,13 @@ use std::time::Instant;
 
 use clap::Args;
 
+use super::launch::{BootFiles, become_monitor};
 use super::vm_args::{VmArgs, installed_image, installed_kernel};
 use super::{CliError, ending_status};
 use crate::builder;
-use crate::config::{ConsoleConfig, VmConfig};
+use crate::config::ConsoleConfig;
 use crate::exit::ExitReason;
-use crate::kvm::install_kick_handler;
-use crate::supervisor::{Ending, Signals, Supervisor, end_by_force};
+use crate::supervisor::{Ending, end_by_force};
 use crate::timings::Timings;
 
 /// Boot a kernel without an agent, its console on standard error, and wait until it ends
@@ -31,29 +31,15 @@ pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::since(start));
     let vm = args.vm.resolve()?;
     let image = vm.image.as_deref().map(|path| installed_image(Some(path)));
-    let config = VmConfig {
-        cpus: vm.cpus,
-        memory_mib: vm.memory,
+    let files = BootFiles {
         kernel: installed_kernel(vm.kernel.as_deref())?,
-        cmdline: vm.cmdline.clone(),
-        drives: vm.drives(image.transpose()?),
-        vsock: None,
-        console: ConsoleConfig::Stderr,
+        image: image.transpose()?,
     };
-    let monitor = |error: std::io::Error| CliError::Monitor(error.to_string());
-    let signals = Arc::new(Signals::catch().map_err(monitor)?);
-    install_kick_handler().map_err(monitor)?;
+    let signals = become_monitor()?;
+    let config = vm.machine_config(files, None, ConsoleConfig::Stderr);
     let machine = builder::build(&config, &timings)?;
 
-    let deadline = vm.timeout.and_then(|timeout| start.checked_add(timeout));
-    let ending = Supervisor {
-        exit: machine.exit().clone(),
-        signals,
-        deadline,
-        leftover: None,
-        status: ending_status,
-    }
-    .wait_for_end();
+    let ending = vm.supervisor(&machine, signals, start, None).wait_for_end();
     timings.mark("VM ended");
     end_by_force(ending_status(&ending), None);
     drop(machine);

@@ -1,16 +1,14 @@
 //! `vmm exec`: runs a program or code in a sandbox that was started.
 
-use std::io;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::program::{ProgramArgs, perform};
-use super::{CliError, find_failed, status};
-use crate::agent::{AGENT_PORT, Agent, AgentError, EnvVar};
+use super::program::{ProgramArgs, failed, perform};
+use super::{CliError, find_failed};
+use crate::agent::{AGENT_PORT, Agent, EnvVar};
 use crate::control::client::ask;
 use crate::control::types::{SandboxView, State};
-use crate::logger::complain;
 use crate::sandbox::list::{Sandbox, find};
 
 /// How long the guest's agent may take to answer.
@@ -70,16 +68,7 @@ pub fn exec(args: &ExecArgs) -> Result<u8, CliError> {
         .work(&env, record.cwd.as_deref(), record.user.as_deref())?;
     match perform(&agent, work, true) {
         Ok(ended) => Ok(ended.shell_status()),
-        Err(AgentError::Output { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => {
-            Ok(status::BROKEN_PIPE)
-        }
-        Err(error) => match error.shell_status() {
-            Some(status) => {
-                complain(&error);
-                Ok(status)
-            }
-            None => Err(CliError::Monitor(format!("{}: {error}", record.name))),
-        },
+        Err(error) => failed(&error, &format!("{}: ", record.name)),
     }
 }
 

@@ -9,6 +9,7 @@ mod cp;
 mod doctor;
 mod exec;
 mod inspect;
+mod launch;
 mod lifecycle;
 mod logs;
 mod ls;

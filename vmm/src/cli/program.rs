@@ -8,8 +8,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, poll};
 
-use super::CliError;
 use super::terminal::{self, Forwarder, RawInput};
+use super::{CliError, status};
 use crate::agent::{
     Agent, AgentError, EnvVar, ExecRequest, ExitStatus, Language, Limits, RunCodeRequest, Stdin,
     Stdio,
@@ -278,6 +278,22 @@ pub fn perform(agent: &Agent, work: Work, forward_signals: bool) -> Result<ExitS
         );
     }
     Ok(ended.status)
+}
+
+/// What the command that ran a program ends with where it failed: the status that a shell has for it, else an error, behind `place`.
+pub fn failed(error: &AgentError, place: &str) -> Result<u8, CliError> {
+    match error {
+        AgentError::Output { source, .. } if source.kind() == io::ErrorKind::BrokenPipe => {
+            Ok(status::BROKEN_PIPE)
+        }
+        _ => match error.shell_status() {
+            Some(status) => {
+                complain(error);
+                Ok(status)
+            }
+            None => Err(CliError::Monitor(format!("{place}{error}"))),
+        },
+    }
 }
 
 /// A stream whose descriptor may be non-blocking, as a shared terminal's can be: it is waited for.

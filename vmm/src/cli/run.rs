@@ -8,19 +8,18 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::program::{ProgramArgs, Work, perform};
+use super::CliError;
+use super::launch::{BootFiles, become_monitor};
+use super::program::{ProgramArgs, Work, failed, perform};
 use super::ready::{Boot, listen_for_agent};
-use super::vm_args::{VmArgs, installed_image, installed_kernel};
-use super::{CliError, ending_status, status};
+use super::vm_args::VmArgs;
 use crate::agent::{Agent, AgentError, ShutdownMode};
 use crate::builder;
-use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
+use crate::config::ConsoleConfig;
 use crate::exit::ExitReason;
-use crate::host;
-use crate::kvm::install_kick_handler;
 use crate::logger::complain;
 use crate::sandbox::SandboxDir;
-use crate::supervisor::{Ending, Signals, Supervisor, end_by_force};
+use crate::supervisor::{Ending, Supervisor, end_by_force};
 use crate::timings::Timings;
 
 /// How long a guest may take, after its program has ended, to write out the disks that it may write to.
@@ -42,44 +41,23 @@ pub struct RunArgs {
 pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::since(start));
     let vm = args.vm.resolve()?;
-    let kernel = installed_kernel(vm.kernel.as_deref())?;
-    let image = installed_image(vm.image.as_deref())?;
+    let files = BootFiles::find(&vm)?;
     let work = args
         .program
         .work(&vm.env, vm.cwd.as_deref(), vm.user.as_deref())?;
-    let monitor = |error: io::Error| CliError::Monitor(error.to_string());
-    let signals = Arc::new(Signals::catch().map_err(monitor)?);
-    install_kick_handler().map_err(monitor)?;
-
-    host::raise_open_files_limit();
+    let signals = become_monitor()?;
 
     let sandbox =
         SandboxDir::create(None).map_err(|error| CliError::BadInput(error.to_string()))?;
     let ready = listen_for_agent(sandbox.paths())?;
-    let config = VmConfig {
-        cpus: vm.cpus,
-        memory_mib: vm.memory,
-        kernel,
-        cmdline: vm.cmdline.clone(),
-        drives: vm.drives(Some(image)),
-        vsock: Some(VsockConfig {
-            cid: GUEST_CID,
-            socket: sandbox.paths().vsock_socket(),
-        }),
-        console: match args.console.as_deref() {
-            None => ConsoleConfig::Kept,
-            Some(path) if path.as_os_str() == "-" => ConsoleConfig::Stderr,
-            Some(path) => ConsoleConfig::File(path.to_owned()),
-        },
+    let console = match args.console.as_deref() {
+        None => ConsoleConfig::Kept,
+        Some(path) if path.as_os_str() == "-" => ConsoleConfig::Stderr,
+        Some(path) => ConsoleConfig::File(path.to_owned()),
     };
+    let config = vm.machine_config(files, Some(sandbox.paths()), console);
     let machine = builder::build(&config, &timings)?;
-    let supervisor = Supervisor {
-        exit: machine.exit().clone(),
-        signals,
-        deadline: vm.timeout.and_then(|timeout| start.checked_add(timeout)),
-        leftover: Some(sandbox.path().to_owned()),
-        status: ending_status,
-    };
+    let supervisor = vm.supervisor(&machine, signals, start, Some(&sandbox));
     let writable = config.drives.iter().any(|drive| !drive.read_only);
     let boot = Boot {
         machine: &machine,
@@ -121,20 +99,9 @@ fn work_in(
         }
         Err(error) => error,
     };
-    if let Some(why) = boot.why(&error, watch) {
-        return Err(why);
-    }
-    if let AgentError::Output { source, .. } = &error
-        && source.kind() == io::ErrorKind::BrokenPipe
-    {
-        return Ok(status::BROKEN_PIPE);
-    }
-    match error.shell_status() {
-        Some(status) => {
-            complain(&error);
-            Ok(status)
-        }
-        None => Err(CliError::Monitor(error.to_string())),
+    match boot.why(&error, watch) {
+        Some(why) => Err(why),
+        None => failed(&error, ""),
     }
 }
 

@@ -14,22 +14,21 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use super::launch::{BootFiles, become_monitor};
 use super::ready::{Boot, listen_for_agent};
-use super::vm_args::{VmArgs, installed_image, installed_kernel};
+use super::vm_args::VmArgs;
 use super::vm_spec::VmSpec;
 use super::{CliError, ending_status, print};
 use crate::agent::Agent;
 use crate::builder;
-use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
+use crate::config::{ConsoleConfig, VmConfig};
 use crate::control::routes::Control;
 use crate::control::server::Server;
 use crate::exit::ExitReason;
-use crate::host;
-use crate::kvm::install_kick_handler;
 use crate::machine::Machine;
 use crate::sandbox::SandboxDir;
 use crate::sandbox::record::{ExitRecord, Record, now};
-use crate::supervisor::{Ending, Signals, Supervisor, end_by_force};
+use crate::supervisor::{Ending, end_by_force};
 use crate::timings::Timings;
 
 /// How long a guest may take to end where its monitor is told to end by a signal.
@@ -144,40 +143,21 @@ fn record(sandbox: &SandboxDir, args: &StartArgs, vm: &VmSpec, config: &VmConfig
 fn monitor(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::since(start));
     let vm = args.vm.resolve()?;
-    let kernel = installed_kernel(vm.kernel.as_deref())?;
-    let image = installed_image(vm.image.as_deref())?;
+    let files = BootFiles::find(&vm)?;
     let broken = |error: io::Error| CliError::Monitor(error.to_string());
     let bad = |error: crate::sandbox::SandboxError| CliError::BadInput(error.to_string());
-    let signals = Arc::new(Signals::catch().map_err(broken)?);
-    install_kick_handler().map_err(broken)?;
-    host::raise_open_files_limit();
+    let signals = become_monitor()?;
 
     let name = args.name.as_deref().or(vm.name.as_deref());
     let mut sandbox = SandboxDir::create(name).map_err(bad)?;
     let paths = sandbox.paths().clone();
-    let config = VmConfig {
-        cpus: vm.cpus,
-        memory_mib: vm.memory,
-        kernel,
-        cmdline: vm.cmdline.clone(),
-        drives: vm.drives(Some(image)),
-        vsock: Some(VsockConfig {
-            cid: GUEST_CID,
-            socket: paths.vsock_socket(),
-        }),
-        console: ConsoleConfig::Log(paths.console()),
-    };
+    let console = ConsoleConfig::Log(paths.console());
+    let config = vm.machine_config(files, Some(&paths), console);
     let record = record(&sandbox, args, &vm, &config);
     sandbox.publish(&record).map_err(bad)?;
     let ready = listen_for_agent(&paths)?;
     let machine = Arc::new(builder::build(&config, &timings)?);
-    let supervisor = Supervisor {
-        exit: machine.exit().clone(),
-        signals,
-        deadline: vm.timeout.and_then(|timeout| start.checked_add(timeout)),
-        leftover: Some(sandbox.path().to_owned()),
-        status: ending_status,
-    };
+    let supervisor = vm.supervisor(&machine, signals, start, Some(&sandbox));
     let boot = Boot {
         machine: &machine,
         supervisor: supervisor.clone(),
