@@ -3,7 +3,9 @@
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vm_superio::serial::NoEvents;
+use snapshot_fmt::state::serial::SerialState;
+use thiserror::Error;
+use vm_superio::serial::{self, NoEvents};
 use vm_superio::{I8042Device, Serial, Trigger};
 
 use super::bus::BusDevice;
@@ -67,6 +69,20 @@ impl Write for Output {
     }
 }
 
+/// Why a saved port cannot be restored.
+#[derive(Debug, Error)]
+pub enum SerialError {
+    /// More bytes than the port can hold.
+    #[error("the saved serial port has received {received} bytes, more than a port can hold")]
+    Received {
+        /// How many.
+        received: usize,
+    },
+    /// Its interrupt, which was pending, cannot be raised.
+    #[error("cannot raise the serial port's interrupt: {0}")]
+    Interrupt(#[source] io::Error),
+}
+
 /// COM1.
 pub struct SerialPort {
     port: Serial<Line, NoEvents, Output>,
@@ -85,6 +101,60 @@ impl SerialPort {
             port: Serial::new(Line(line), Output { tail, stream }),
             warned: false,
         }
+    }
+
+    /// The registers as they are. No processor may run meanwhile.
+    pub fn save(&self) -> SerialState {
+        let state = self.port.state();
+        SerialState {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            received: state.in_buffer,
+        }
+    }
+
+    /// A port as [`SerialPort::save`] left it. An interrupt that the driver has not seen to is raised again: its edge may
+    /// have been lost.
+    pub fn restore(
+        line: Arc<dyn Interrupt>,
+        tail: ConsoleTail,
+        stream: Option<Box<dyn Write + Send>>,
+        state: &SerialState,
+    ) -> Result<Self, SerialError> {
+        let received = state.received.len();
+        let state = serial::SerialState {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.received.clone(),
+        };
+        let output = Output { tail, stream };
+        let port =
+            Serial::from_state(&state, Line(line), NoEvents, output).map_err(
+                |error| match error {
+                    serial::Error::FullFifo => SerialError::Received { received },
+                    serial::Error::Trigger(error) | serial::Error::IOError(error) => {
+                        SerialError::Interrupt(error)
+                    }
+                },
+            )?;
+        Ok(Self {
+            port,
+            warned: false,
+        })
     }
 
     /// Whether it has said that its line fails.
@@ -143,6 +213,7 @@ impl<T: Trigger + Send> BusDevice for Keyboard<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::virtio::testing::CountingInterrupt;
 
     struct NoLine;
     impl Interrupt for NoLine {
@@ -172,6 +243,47 @@ mod tests {
         port.write(0, b"y");
         assert_eq!(tail.text().len(), KEPT_BYTES);
         assert!(tail.text().ends_with("xy"));
+    }
+
+    #[test]
+    fn a_port_goes_on_where_it_was_saved() {
+        let mut old = SerialPort::new(Arc::new(NoLine), ConsoleTail::default(), None);
+        // Divisor, word length, loopback with two bytes on the way, scratch, and both interrupts enabled.
+        for (offset, value) in [
+            (3, 0x83),
+            (0, 1),
+            (1, 2),
+            (3, 0x1b),
+            (4, 0x1f),
+            (0, b'a'),
+            (0, b'b'),
+            (7, 0x5a),
+            (1, 3),
+        ] {
+            old.write(offset, &[value]);
+        }
+        let state = old.save();
+        assert_eq!(state.received, b"ab");
+
+        let line = Arc::new(CountingInterrupt::default());
+        let tail = ConsoleTail::default();
+        let restore = |state| SerialPort::restore(line.clone(), tail.clone(), None, state);
+        let mut port = restore(&state).unwrap();
+        assert_eq!(port.save(), state);
+        assert!(line.count() > 0, "what was pending is raised again");
+        for offset in [3, 4, 5, 6, 7, 2, 0, 0, 5] {
+            let (mut want, mut got) = ([0], [0]);
+            old.read(offset, &mut want);
+            port.read(offset, &mut got);
+            assert_eq!(got, want, "register {offset}");
+        }
+        port.write(4, &[0x0f]);
+        port.write(0, b"c");
+        assert_eq!(tail.text(), "c");
+
+        let received = vec![0; 65];
+        let error = restore(&SerialState { received, ..state }).err().unwrap();
+        assert!(matches!(error, SerialError::Received { received: 65 }));
     }
 
     #[test]
