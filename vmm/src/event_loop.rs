@@ -1,10 +1,12 @@
 //! The thread that serves the devices' events.
+//!
+//! It can be made to stand still between two events: then no request is half done, no device's state changes, and what
+//! comes meanwhile waits in the eventfds and sockets that it watches.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use thiserror::Error;
@@ -26,18 +28,80 @@ pub enum EventLoopError {
     Start(#[from] io::Error),
 }
 
+/// The event loop did not come to rest.
+#[derive(Debug, Error)]
+#[error(
+    "the devices did not come to rest: the host's disk or processors are overloaded; the VM runs on"
+)]
+pub struct QuiesceError;
+
+/// What the loop's thread is wanted to do, and what it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Run,
+    Pause,
+    Stop,
+}
+
+struct Gate {
+    wanted: Wanted,
+    /// The thread is between two events, and stays there until `wanted` changes.
+    parked: bool,
+    /// The thread has ended: it is at rest for good.
+    ended: bool,
+}
+
+struct Shared {
+    gate: Mutex<Gate>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Gate> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Called by the thread between two events: waits while a pause is wanted. False where the thread shall end.
+    fn pass(&self) -> bool {
+        let mut gate = self.lock();
+        while gate.wanted == Wanted::Pause {
+            gate.parked = true;
+            self.changed.notify_all();
+            gate = self
+                .changed
+                .wait(gate)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        gate.parked = false;
+        gate.wanted == Wanted::Run
+    }
+
+    fn want(&self, wanted: Wanted) {
+        let mut gate = self.lock();
+        gate.wanted = wanted;
+        if wanted == Wanted::Run {
+            // A thread that still waits finds in `pass` that it may run on; the next pause must not take it for parked.
+            gate.parked = false;
+        }
+        self.changed.notify_all();
+    }
+}
+
 /// The running event loop. It stops when it is dropped.
 pub struct EventLoop {
-    stop: Arc<AtomicBool>,
+    shared: Arc<Shared>,
     wake: EventFd,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Wakes the loop so that it sees `stop`.
+/// Wakes the loop so that it looks at its gate.
 struct Wake(EventFd);
 
 impl MutEventSubscriber for Wake {
-    fn process(&mut self, _: Events, _: &mut EventOps) {}
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        // Fails only where there is nothing to take back.
+        let _ = self.0.read();
+    }
 
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new(&self.0, EventSet::IN)) {
@@ -55,37 +119,169 @@ impl EventLoop {
         for subscriber in subscribers {
             manager.add_subscriber(subscriber);
         }
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
+        let shared = Arc::new(Shared {
+            gate: Mutex::new(Gate {
+                wanted: Wanted::Run,
+                parked: false,
+                ended: false,
+            }),
+            changed: Condvar::new(),
+        });
+        let own = Arc::clone(&shared);
         let thread = Builder::new()
             .name("event-loop".to_owned())
             .spawn(move || {
-                while !stopped.load(Ordering::SeqCst) {
+                while own.pass() {
                     match manager.run() {
                         Ok(_) => {}
                         Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EINTR => {
                         }
                         Err(error) => {
-                            return exit.set(ExitReason::Monitor(format!("event loop: {error}")));
+                            exit.set(ExitReason::Monitor(format!("event loop: {error}")));
+                            break;
                         }
                     }
                 }
+                own.lock().ended = true;
+                own.changed.notify_all();
             })?;
         Ok(Self {
-            stop,
+            shared,
             wake,
             thread: Some(thread),
         })
+    }
+
+    /// Waits until the loop stands still between two events; a loop that does stays so. Where that is not the case by
+    /// `deadline`, the loop runs on.
+    ///
+    /// The processors are to be paused first: what they have asked of the devices until then is either done or waits.
+    pub fn pause(&self, deadline: Instant) -> Result<(), QuiesceError> {
+        self.want(Wanted::Pause);
+        let mut gate = self.shared.lock();
+        while !gate.parked && !gate.ended {
+            let Some(rest) = deadline.checked_duration_since(Instant::now()) else {
+                drop(gate);
+                self.resume();
+                return Err(QuiesceError);
+            };
+            let waited = self.shared.changed.wait_timeout(gate, rest);
+            gate = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+
+    /// Lets the loop go on. One that runs is left alone.
+    pub fn resume(&self) {
+        self.want(Wanted::Run);
+    }
+
+    fn want(&self, wanted: Wanted) {
+        self.shared.want(wanted);
+        if wanted != Wanted::Run {
+            // It fails only where the counter is full, and then the loop wakes as well.
+            let _ = self.wake.write(1);
+        }
     }
 }
 
 impl Drop for EventLoop {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
-        // It fails only where the counter is full, and then the loop wakes as well.
-        let _ = self.wake.write(1);
+        self.want(Wanted::Stop);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Duration;
+
+    /// Says when an event begins, and ends it when it is told to.
+    struct Slow {
+        event: EventFd,
+        begun: Sender<()>,
+        end: Receiver<()>,
+    }
+
+    impl MutEventSubscriber for Slow {
+        fn process(&mut self, _: Events, _: &mut EventOps) {
+            let _ = self.event.read();
+            let _ = self.begun.send(());
+            let _ = self.end.recv();
+        }
+
+        fn init(&mut self, ops: &mut EventOps) {
+            ops.add(Events::new(&self.event, EventSet::IN)).unwrap();
+        }
+    }
+
+    struct Running {
+        event_loop: EventLoop,
+        event: EventFd,
+        begun: Receiver<()>,
+        end: Sender<()>,
+    }
+
+    fn start() -> Running {
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (tell, begun) = channel();
+        let (end, wait) = channel();
+        let slow = Slow {
+            event: event.try_clone().unwrap(),
+            begun: tell,
+            end: wait,
+        };
+        let exit = ExitLatch::new().unwrap();
+        Running {
+            event_loop: EventLoop::start(vec![Arc::new(Mutex::new(slow))], exit).unwrap(),
+            event,
+            begun,
+            end,
+        }
+    }
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    fn soon() -> Instant {
+        Instant::now() + LONG
+    }
+
+    #[test]
+    fn a_paused_loop_serves_nothing_and_goes_on_after() {
+        let running = start();
+        for _ in 0..20 {
+            running.event_loop.pause(soon()).unwrap();
+            running.event_loop.pause(soon()).unwrap();
+            running.event.write(1).unwrap();
+            let early = running.begun.recv_timeout(Duration::from_millis(5));
+            assert!(early.is_err(), "an event in the pause");
+            running.event_loop.resume();
+            running.begun.recv_timeout(LONG).unwrap();
+            running.end.send(()).unwrap();
+        }
+        running.event_loop.pause(soon()).unwrap();
+        // A loop that stands still ends as well.
+        drop(running.event_loop);
+    }
+
+    #[test]
+    fn a_pause_waits_for_the_event_that_is_served_but_not_for_ever() {
+        let running = start();
+        running.event.write(1).unwrap();
+        running.begun.recv_timeout(LONG).unwrap();
+        assert!(running.event_loop.pause(Instant::now()).is_err());
+        running.end.send(()).unwrap();
+        running.event.write(1).unwrap();
+        running.begun.recv_timeout(LONG).unwrap();
+        std::thread::scope(|scope| {
+            let pause = scope.spawn(|| running.event_loop.pause(soon()));
+            assert!(!pause.is_finished());
+            running.end.send(()).unwrap();
+            pause.join().unwrap().unwrap();
+        });
     }
 }
