@@ -16,13 +16,13 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use snapshot_fmt::state::virtio::{VirtioMmioState, VirtqueueState};
+use snapshot_fmt::state::virtio::{VirtioMmioState, VirtioState, VirtqueueState};
 use thiserror::Error;
 use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::register::{DRIVER_BITS, MAGIC, VENDOR, half, set_half};
-use super::signal::{Signal, status};
+use super::signal::{INTERRUPT_CONFIG, INTERRUPT_USED_BUFFER, Signal, status};
 use super::{Activation, F_EVENT_IDX, F_VERSION_1, GuestMemory, VirtioDevice, notify_all};
 use crate::devices::bus::BusDevice;
 use crate::devices::interrupt::Interrupt;
@@ -58,6 +58,14 @@ pub enum TransportError {
         name: String,
         /// The missing bits.
         missing: u64,
+    },
+    /// A status that no driver can bring about.
+    #[error("{name}: the saved status {status:#x} is not one that a driver can reach")]
+    Status {
+        /// The device's name.
+        name: String,
+        /// The status.
+        status: u32,
     },
     /// The device has another number of queues.
     #[error("{name} has {device} queues, the saved one {saved}")]
@@ -145,6 +153,14 @@ impl MmioTransport {
                 saved: state.device_type,
             });
         }
+        if !register::is_reachable(state.status)
+            || state.status & status::FEATURES_OK != 0 && state.driver_features & F_VERSION_1 == 0
+        {
+            return Err(TransportError::Status {
+                name: name(),
+                status: state.status,
+            });
+        }
         let missing = state.driver_features & !this.device_features;
         if missing != 0 && state.status & status::FEATURES_OK != 0 {
             return Err(TransportError::Features {
@@ -165,8 +181,8 @@ impl MmioTransport {
         this.queue_sel = state.queue_sel;
         this.queues.clone_from(&state.queues);
         this.signal.load(
-            state.status & (DRIVER_BITS | status::DEVICE_NEEDS_RESET),
-            state.interrupt_status,
+            state.status,
+            state.interrupt_status & (INTERRUPT_USED_BUFFER | INTERRUPT_CONFIG),
             state.config_generation,
         );
         let stopped = status::DEVICE_NEEDS_RESET | status::FAILED;
@@ -198,6 +214,14 @@ impl MmioTransport {
             interrupt_status: self.signal.interrupt_status(),
             config_generation: self.signal.config_generation(),
             queues,
+        }
+    }
+
+    /// The transport and its device as they are, under the conditions of [`MmioTransport::save`].
+    pub fn save_with_device(&self) -> VirtioState {
+        VirtioState {
+            transport: self.save(),
+            device: lock(&self.device).state(),
         }
     }
 

@@ -264,6 +264,17 @@ fn hostile_states_are_refused() {
     assert!(matches!(error, Some(TransportError::DeviceType { .. })));
     let error = bend(|s| s.driver_features |= 1).err();
     assert!(matches!(error, Some(TransportError::Features { .. })));
+    // Bits out of order, bits without a meaning, and a driver that accepted nothing.
+    for f in [
+        |s: &mut VirtioMmioState| s.status = 0xd,
+        |s: &mut VirtioMmioState| s.status = 4,
+        |s: &mut VirtioMmioState| s.status |= 0x20,
+        |s: &mut VirtioMmioState| s.status |= 0x100,
+        |s: &mut VirtioMmioState| s.driver_features = 0,
+    ] {
+        let error = bend(f).err();
+        assert!(matches!(error, Some(TransportError::Status { .. })));
+    }
     let error = bend(|s| s.queues.clear()).err();
     assert!(matches!(error, Some(TransportError::QueueCount { .. })));
     for f in [

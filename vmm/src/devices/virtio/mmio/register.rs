@@ -37,6 +37,20 @@ pub(super) const VENDOR: u32 = u32::from_le_bytes(*b"BOUG");
 pub(super) const DRIVER_BITS: u32 =
     status::ACKNOWLEDGE | status::DRIVER | status::DRIVER_OK | status::FEATURES_OK | status::FAILED;
 
+/// Whether a device can have this status: each step of section 3.1.1 only on top of the one before, and no bit without a
+/// meaning.
+pub(super) fn is_reachable(value: u32) -> bool {
+    let steps = value & DRIVER_BITS & !status::FAILED;
+    let order = [
+        0,
+        status::ACKNOWLEDGE,
+        status::ACKNOWLEDGE | status::DRIVER,
+        status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK,
+        status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK,
+    ];
+    order.contains(&steps) && value & !(DRIVER_BITS | status::DEVICE_NEEDS_RESET) == 0
+}
+
 /// The low (0) or high (1) half of `value`; others do not exist and are zero.
 pub(super) fn half(value: u64, which: u32) -> u32 {
     let [a, b, c, d, e, f, g, h] = value.to_le_bytes();

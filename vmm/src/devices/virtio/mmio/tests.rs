@@ -123,6 +123,73 @@ fn an_unacknowledged_interrupt_is_raised_again_by_a_restore() {
 }
 
 #[test]
+fn a_notification_that_nobody_saw_is_served_by_the_restored_device() {
+    for features in [u64::MAX, !F_EVENT_IDX] {
+        let mut old = reset();
+        old.start_with(features);
+        old.request(0, &[w(BUFFERS, 4)]);
+        old.set(0x64, 1);
+        old.add(0, &[w(BUFFERS, 4)]);
+        old.transport.queue_events()[0].write(1).unwrap();
+        let state = old.transport.save();
+
+        let mut driver = FakeDriver::restored(Rng::new().unwrap(), &old, &state);
+        assert_eq!(driver.irq.count(), 0);
+        driver.run();
+        assert_eq!(driver.used(0), [(1, 4)]);
+        assert_eq!(driver.irq.count(), 1);
+        // The old machine runs on, in memory of its own but for this test.
+        assert_eq!(old.transport.save(), state);
+    }
+}
+
+#[test]
+fn interrupts_by_position_go_on_where_they_were() {
+    let mut old = FakeDriver::started(Rng::new().unwrap());
+    // Used, acknowledged and seen, and then one that the driver has not looked at.
+    for _ in 0..5 {
+        old.request(0, &[w(BUFFERS, 4)]);
+    }
+    old.add(0, &[w(BUFFERS, 4)]);
+    old.kick(0);
+    old.set(0x64, 1);
+    let state = old.transport.save();
+
+    let mut driver = FakeDriver::restored(Rng::new().unwrap(), &old, &state);
+    driver.run();
+    assert_eq!(driver.irq.count(), 0);
+    // The driver wanted an interrupt for the one before: none until it has looked.
+    driver.add(0, &[w(BUFFERS, 4)]);
+    driver.kick(0);
+    assert_eq!(driver.irq.count(), 0);
+    assert_eq!(driver.used(0).len(), 2);
+    for n in 1..4 {
+        assert_eq!(driver.request(0, &[w(BUFFERS, 4)]).len(), 1);
+        assert_eq!(driver.irq.count(), n);
+    }
+}
+
+#[test]
+fn a_device_that_has_failed_stays_so_until_its_driver_resets_it() {
+    let mut old = FakeDriver::started(Rng::new().unwrap());
+    old.transport.signal().config_changed();
+    old.raw_avail_idx(0, 0x8000);
+    old.kick(0);
+    assert!(old.needs_reset());
+    let state = old.transport.save();
+
+    let mut driver = FakeDriver::restored(Rng::new().unwrap(), &old, &state);
+    assert_eq!(driver.transport.save(), state);
+    assert!(driver.needs_reset());
+    assert_eq!((driver.get(0x60), driver.get(0xfc)), (2, 1));
+    assert_eq!(driver.irq.count(), 1, "the news is told again");
+    driver.kick(0);
+    assert_eq!(driver.used(0), []);
+    driver.restart();
+    assert_eq!(driver.request(0, &[w(BUFFERS, 4)]), [(0, 4)]);
+}
+
+#[test]
 fn configuration_space_answers_every_width() {
     let mut driver = FakeDriver::started(Rng::new().unwrap());
     for len in [1, 2, 4, 8] {
