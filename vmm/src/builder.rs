@@ -21,6 +21,7 @@ use crate::arch::x86_64::{layout, mptable};
 use crate::config::{ConfigError, ConsoleConfig, DriveConfig, DriveInterface, VmConfig};
 use crate::console_log::ConsoleLog;
 use crate::devices::bus::{Bus, BusError};
+use crate::devices::live::LiveDevices;
 use crate::devices::serial::{ConsoleTail, Keyboard, SerialPort};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Block, BlockConfig, BlockError};
@@ -119,7 +120,7 @@ pub fn build(config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, Build
     let ram_end = ram.first().map_or(0, |(start, len)| start + len);
     let kernel = Kernel::open(&config.kernel, ram_end)?;
     let memory = Arc::new(memory::create(&ram)?);
-    let mut devices = Devices::new(config, &memory, &ram)?;
+    let (mut devices, serial) = Devices::new(config, &memory, &ram)?;
     let cmdline = devices.cmdline(config, kind);
     timings.mark("inputs checked");
 
@@ -161,6 +162,10 @@ pub fn build(config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, Build
         timings: Arc::clone(timings),
     };
     let (console, subscribers, files) = (devices.console, devices.subscribers, devices.files);
+    let live = LiveDevices {
+        serial,
+        virtio: devices.transports,
+    };
     Ok(Machine::start(Parts {
         vm,
         memory,
@@ -168,6 +173,7 @@ pub fn build(config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, Build
         vcpus,
         context,
         subscribers,
+        devices: live,
         console,
     })?)
 }
@@ -219,6 +225,7 @@ struct Devices {
     files: Vec<(u64, FileMapping)>,
     next_file: u64,
     subscribers: Vec<Subscriber>,
+    transports: Vec<Arc<Mutex<MmioTransport>>>,
     root: Option<Root>,
     exit: ExitLatch,
     console: ConsoleTail,
@@ -236,7 +243,7 @@ impl Devices {
         config: &VmConfig,
         memory: &Arc<GuestMemory>,
         ram: &[(u64, u64)],
-    ) -> Result<Self, BuildError> {
+    ) -> Result<(Self, Arc<Mutex<SerialPort>>), BuildError> {
         let ram_end = ram.last().map_or(0, |(start, len)| start + len);
         let mut devices = Self {
             memory: Arc::clone(memory),
@@ -247,6 +254,7 @@ impl Devices {
             files: Vec::new(),
             next_file: layout::pmem_start(ram_end),
             subscribers: Vec::new(),
+            transports: Vec::new(),
             root: None,
             exit: ExitLatch::new()?,
             console: ConsoleTail::default(),
@@ -264,8 +272,8 @@ impl Devices {
         }
         devices.add_virtio(Rng::new()?)?;
         // Last: a file for the console is made anew only where nothing else was refused.
-        devices.add_serial(&config.console)?;
-        Ok(devices)
+        let serial = devices.add_serial(&config.console)?;
+        Ok((devices, serial))
     }
 
     /// A new interrupt line to the IOAPIC's pin `gsi`.
@@ -275,7 +283,10 @@ impl Devices {
         Ok(line)
     }
 
-    fn add_serial(&mut self, console: &ConsoleConfig) -> Result<(), BuildError> {
+    fn add_serial(
+        &mut self,
+        console: &ConsoleConfig,
+    ) -> Result<Arc<Mutex<SerialPort>>, BuildError> {
         let failed = |path: &PathBuf| {
             let path = path.clone();
             |source| BuildError::Console { path, source }
@@ -301,9 +312,10 @@ impl Devices {
         };
         let line = Arc::new(self.irq(layout::SERIAL_GSI)?);
         let port = SerialPort::new(line, self.console.clone(), stream);
+        let port = Arc::new(Mutex::new(port));
         self.pio
-            .insert(layout::SERIAL_PORT, 8, Arc::new(Mutex::new(port)))?;
-        Ok(())
+            .insert(layout::SERIAL_PORT, 8, Arc::clone(&port) as _)?;
+        Ok(port)
     }
 
     fn add_drive(&mut self, index: usize, config: &DriveConfig) -> Result<(), BuildError> {
@@ -357,8 +369,10 @@ impl Devices {
         let events = transport.queue_events().iter().map(EventFd::try_clone);
         self.windows
             .push((base, events.collect::<io::Result<_>>()?));
+        let transport = Arc::new(Mutex::new(transport));
         self.mmio
-            .insert(base, WINDOW_SIZE, Arc::new(Mutex::new(transport)))?;
+            .insert(base, WINDOW_SIZE, Arc::clone(&transport) as _)?;
+        self.transports.push(transport);
         self.subscribers.push(device);
         Ok(())
     }

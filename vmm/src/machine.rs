@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuFd, VmFd};
 
+use crate::devices::live::LiveDevices;
 use crate::devices::serial::ConsoleTail;
 use crate::event_loop::{EventLoop, EventLoopError, Subscriber};
 use crate::exit::ExitLatch;
@@ -44,6 +45,8 @@ pub struct Parts {
     pub context: VcpuContext,
     /// What the event loop serves.
     pub subscribers: Vec<Subscriber>,
+    /// The devices that are saved with the machine.
+    pub devices: LiveDevices,
     /// The console's last lines.
     pub console: ConsoleTail,
 }
@@ -59,6 +62,7 @@ pub struct Machine {
     vcpus: Vec<VcpuThread>,
     state: Mutex<RunState>,
     event_loop: EventLoop,
+    devices: LiveDevices,
     exit: ExitLatch,
     console: ConsoleTail,
     vm: VmFd,
@@ -76,6 +80,7 @@ impl Machine {
             vcpus,
             context,
             subscribers,
+            devices,
             console,
         } = parts;
         let exit = context.exit.clone();
@@ -96,6 +101,7 @@ impl Machine {
             vcpus,
             state: Mutex::new(RunState::Running),
             event_loop,
+            devices,
             exit,
             console,
             vm,

@@ -47,6 +47,29 @@ pub struct VirtioMmioState {
     pub queues: Vec<VirtqueueState>,
 }
 
+/// A virtio device: its transport, and what its kind adds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioState {
+    /// The registers and queues.
+    pub transport: VirtioMmioState,
+    /// The device behind them.
+    pub device: VirtioDeviceState,
+}
+
+/// What a kind of virtio device adds to its transport.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VirtioDeviceState {
+    /// A disk.
+    Block(BlockState),
+    /// Memory that is a file.
+    Pmem(PmemState),
+    /// The entropy device, which has nothing of its own.
+    Rng,
+    /// The socket device.
+    Vsock(VsockState),
+}
+
 /// What virtio-blk adds; a restored disk must be the same size and kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockState {

@@ -7,5 +7,6 @@ pub mod bus;
 #[cfg(test)]
 mod hostile_tests;
 pub mod interrupt;
+pub mod live;
 pub mod serial;
 pub mod virtio;

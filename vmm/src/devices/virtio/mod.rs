@@ -12,6 +12,7 @@
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events};
+use snapshot_fmt::state::virtio::VirtioDeviceState;
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::epoll::EventSet;
@@ -97,6 +98,10 @@ pub trait VirtioDevice: Send {
 
     /// The queues of an activated device; empty otherwise.
     fn queues_mut(&mut self) -> &mut [Queue];
+
+    /// What is saved of the device besides its queues. A new device of the same kind is made from it, and then gets the
+    /// queues by [`mmio::MmioTransport::restore`]. The device must be quiet: the event loop stands still.
+    fn state(&self) -> VirtioDeviceState;
 }
 
 /// One non-blocking event for each of `count` queues.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use rustix::fs::{OFlags, fcntl_getfl};
+use snapshot_fmt::state::virtio::VirtioDeviceState;
 use thiserror::Error;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
@@ -244,6 +245,10 @@ impl VirtioDevice for Block {
 
     fn queues_mut(&mut self) -> &mut [Queue] {
         self.active.as_mut().map_or(&mut [], |a| &mut a.queues)
+    }
+
+    fn state(&self) -> VirtioDeviceState {
+        VirtioDeviceState::Block(self.save())
     }
 }
 

@@ -6,6 +6,7 @@ use std::io;
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use snapshot_fmt::state::virtio::VirtioDeviceState;
 use thiserror::Error;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
@@ -99,6 +100,10 @@ impl VirtioDevice for Rng {
 
     fn queues_mut(&mut self) -> &mut [Queue] {
         self.active.as_mut().map_or(&mut [], |a| &mut a.queues)
+    }
+
+    fn state(&self) -> VirtioDeviceState {
+        VirtioDeviceState::Rng
     }
 }
 

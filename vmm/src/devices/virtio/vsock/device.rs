@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use snapshot_fmt::state::virtio::VirtioDeviceState;
 use thiserror::Error;
 use virtio_queue::Queue;
 use vmm_sys_util::epoll::EventSet;
@@ -178,6 +179,10 @@ impl VirtioDevice for Vsock {
 
     fn queues_mut(&mut self) -> &mut [Queue] {
         self.active.as_mut().map_or(&mut [], |a| &mut a.queues)
+    }
+
+    fn state(&self) -> VirtioDeviceState {
+        VirtioDeviceState::Vsock(self.save())
     }
 }
 
