@@ -1,43 +1,40 @@
-//! A [`VmConfig`] becomes a [`Machine`]: the only room that sees every component.
+//! A [`VmConfig`], or a saved state, becomes a [`Machine`]: the only room that sees every component.
 //!
 //! What the host is slow at is done side by side: registering guest memory with KVM waits for a grace period of the host's
-//! kernel, and meanwhile the kernel is loaded.
+//! kernel, and meanwhile the kernel is loaded, or a snapshot's pages are mapped and the processors restored.
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+mod devices;
+
+use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use event_manager::MutEventSubscriber;
-use kvm_ioctls::{IoEventAddress, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use snapshot_fmt::state::machine::MachineState;
 use thiserror::Error;
 use vm_memory::GuestMemoryError;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::devices::Devices;
 use crate::arch::x86_64::boot::{self, BootError};
 use crate::arch::x86_64::kernel::{Kernel, KernelError, LoadedKernel};
 use crate::arch::x86_64::{layout, mptable};
-use crate::config::{ConfigError, ConsoleConfig, DriveConfig, DriveInterface, VmConfig};
-use crate::console_log::ConsoleLog;
-use crate::devices::bus::{Bus, BusError};
-use crate::devices::live::LiveDevices;
-use crate::devices::serial::{ConsoleTail, Keyboard, SerialPort};
-use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::blk::{Block, BlockConfig, BlockError};
-use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, WINDOW_SIZE};
-use crate::devices::virtio::pmem::{Pmem, PmemConfig, PmemError};
-use crate::devices::virtio::rng::{Rng, RngError};
-use crate::devices::virtio::vsock::{self, Vsock, VsockError};
-use crate::drive::{Drive, DriveError};
-use crate::event_loop::{EventLoopError, Subscriber};
-use crate::exit::ExitLatch;
+use crate::config::{ConfigError, VmConfig};
+use crate::devices::bus::BusError;
+use crate::devices::serial::SerialError;
+use crate::devices::virtio::blk::BlockError;
+use crate::devices::virtio::mmio::TransportError;
+use crate::devices::virtio::pmem::PmemError;
+use crate::devices::virtio::rng::RngError;
+use crate::devices::virtio::vsock::VsockError;
+use crate::drive::DriveError;
+use crate::event_loop::EventLoopError;
 use crate::host::{self, KvmKind};
-use crate::kvm::{self, KvmError, call_failed};
+use crate::kvm::{self, KvmError, call_failed, platform};
 use crate::machine::{Machine, Parts};
 use crate::memory::{self, GuestMemory, MemoryError};
-use crate::sys::file_mapping::FileMapping;
+use crate::pager::{Pager, PagerError, Pages};
 use crate::timings::Timings;
+use crate::vcpu::state::VcpuStateError;
 use crate::vcpu::{self, VcpuContext};
 
 /// Why a machine could not be built.
@@ -95,6 +92,21 @@ pub enum BuildError {
     /// The vsock device cannot be made.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A saved serial port cannot be continued.
+    #[error(transparent)]
+    Serial(#[from] SerialError),
+    /// A saved virtio transport cannot be continued.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// A saved processor cannot be continued.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuStateError),
+    /// The saved pages cannot be given to the guest.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
+    /// The saved machine has other devices.
+    #[error("the saved machine is another than its description: {0}; the snapshot is damaged")]
+    OtherDevices(&'static str),
     /// There are not enough interrupt lines.
     #[error(
         "too many devices: {max} virtio devices are possible, the entropy device and vsock among them"
@@ -111,17 +123,37 @@ pub enum BuildError {
     System(#[from] io::Error),
 }
 
+/// What a machine begins with.
+pub enum Origin<'a> {
+    /// Its kernel's entry point.
+    Boot,
+    /// A saved machine's next instruction.
+    Saved {
+        /// All but memory.
+        state: &'a MachineState,
+        /// Memory.
+        pages: Pages,
+    },
+}
+
 /// Builds the machine that `config` describes and starts it.
-pub fn build(config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, BuildError> {
+pub fn build(
+    config: &VmConfig,
+    origin: Origin<'_>,
+    timings: &Arc<Timings>,
+) -> Result<Machine, BuildError> {
     let kvm = kvm::open()?;
     config.validate(host::limits(&kvm))?;
     let kind = KvmKind::detect();
     let ram = layout::ram_ranges(config.memory_mib << 20);
     let ram_end = ram.first().map_or(0, |(start, len)| start + len);
-    let kernel = Kernel::open(&config.kernel, ram_end)?;
+    let (kernel, saved) = match &origin {
+        Origin::Boot => (Some(Kernel::open(&config.kernel, ram_end)?), None),
+        Origin::Saved { state, .. } => (None, Some(*state)),
+    };
     let memory = Arc::new(memory::create(&ram)?);
-    let (mut devices, serial) = Devices::new(config, &memory, &ram)?;
-    let cmdline = devices.cmdline(config, kind);
+    let (mut devices, live) =
+        Devices::new(config, &memory, &ram, saved.map(|state| &state.devices))?;
     timings.mark("inputs checked");
 
     let vm = kvm::create_vm(&kvm)?;
@@ -129,29 +161,43 @@ pub fn build(config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, Build
 
     let cpus = u8::try_from(config.cpus).unwrap_or(u8::MAX);
     let software = kind == KvmKind::Software;
-    let (vcpus, loaded) = std::thread::scope(|scope| -> Result<_, BuildError> {
+    let (vcpus, pager) = std::thread::scope(|scope| -> Result<_, BuildError> {
         let slots = scope.spawn(|| {
             kvm::register_memory(&vm, &memory)?;
             let first = u32::try_from(ram.len()).unwrap_or(u32::MAX);
             kvm::register_files(&vm, first, &devices.files)
         });
-        let vcpus = vcpu::create(&kvm, &vm, cpus, software)?;
-        let loaded = load(kernel, &memory, &ram, &cmdline, cpus)?;
+        let made = match (origin, kernel) {
+            (Origin::Saved { state, pages }, _) => {
+                let pager = Pager::start(pages, &memory)?;
+                timings.mark("pages mapped");
+                platform::restore(&vm, &state.platform)?;
+                let vcpus = vcpu::restore(&kvm, &vm, &state.vcpus, software)?;
+                timings.mark("processors restored");
+                Ok((vcpus, Some(pager)))
+            }
+            (Origin::Boot, Some(kernel)) => {
+                let cmdline = devices.cmdline(config, kind);
+                let entry = || load(kernel, &memory, &ram, &cmdline, cpus);
+                boot_vcpus(&kvm, &vm, cpus, software, entry).map(|vcpus| (vcpus, None))
+            }
+            (Origin::Boot, None) => Ok((Vec::new(), None)),
+        };
         timings.mark("kernel loaded");
         slots.join().unwrap_or_else(|_| {
             Err(call_failed("KVM_SET_USER_MEMORY_REGION")(io::Error::other(
                 "the thread died",
             )))
         })?;
-        Ok((vcpus, loaded))
+        made
     })?;
-    if let Some(boot_cpu) = vcpus.first() {
-        vcpu::set_entry(boot_cpu, loaded.entry)?;
-    }
     timings.mark("memory registered");
 
     devices.connect(&vm)?;
     timings.mark("devices connected");
+    if let Some(state) = saved {
+        platform::restore_clock(&vm, &state.platform)?;
+    }
     let context = VcpuContext {
         id: 0,
         pio: Arc::new(devices.pio),
@@ -161,21 +207,33 @@ pub fn build(config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, Build
         software,
         timings: Arc::clone(timings),
     };
-    let (console, subscribers, files) = (devices.console, devices.subscribers, devices.files);
-    let live = LiveDevices {
-        serial,
-        virtio: devices.transports,
-    };
     Ok(Machine::start(Parts {
         vm,
         memory,
-        files,
+        files: devices.files,
         vcpus,
         context,
-        subscribers,
+        subscribers: devices.subscribers,
         devices: live,
-        console,
+        pager,
+        console: devices.console,
     })?)
+}
+
+/// Processors that enter a kernel once `load` has put it into memory.
+fn boot_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    cpus: u8,
+    software: bool,
+    load: impl FnOnce() -> Result<LoadedKernel, BuildError>,
+) -> Result<Vec<VcpuFd>, BuildError> {
+    let vcpus = vcpu::create(kvm, vm, cpus, software)?;
+    let loaded = load()?;
+    if let Some(boot_cpu) = vcpus.first() {
+        vcpu::set_entry(boot_cpu, loaded.entry)?;
+    }
+    Ok(vcpus)
 }
 
 /// Puts the kernel, its boot data and the MP table into guest memory.
@@ -190,239 +248,4 @@ fn load(
     boot::write_boot_data(memory, ram, cmdline, loaded.setup)?;
     mptable::write_mptable(memory, cpus).map_err(BuildError::MpTable)?;
     Ok(loaded)
-}
-
-/// A file for the console, whose errors say which it is.
-struct ConsoleFile {
-    file: File,
-    path: PathBuf,
-}
-
-impl Write for ConsoleFile {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.file.write(bytes).map_err(|error| {
-            let path = self.path.display();
-            let told = format!("{path}: {error}; make room there, or name another file");
-            io::Error::new(error.kind(), told)
-        })
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// The devices of a machine, before KVM knows of them.
-struct Devices {
-    memory: Arc<GuestMemory>,
-    pio: Bus,
-    mmio: Bus,
-    /// GSI and line of each device that interrupts.
-    irqs: Vec<(u32, EventFd)>,
-    /// First address and queue events of each virtio device's window, in the order of the windows.
-    windows: Vec<(u64, Vec<EventFd>)>,
-    /// Files that the guest sees as memory, with their guest physical addresses, and where the next may start.
-    files: Vec<(u64, FileMapping)>,
-    next_file: u64,
-    subscribers: Vec<Subscriber>,
-    transports: Vec<Arc<Mutex<MmioTransport>>>,
-    root: Option<Root>,
-    exit: ExitLatch,
-    console: ConsoleTail,
-}
-
-/// What the kernel needs to mount its root file system.
-struct Root {
-    interface: DriveInterface,
-    read_only: bool,
-    file_system: Option<&'static str>,
-}
-
-impl Devices {
-    fn new(
-        config: &VmConfig,
-        memory: &Arc<GuestMemory>,
-        ram: &[(u64, u64)],
-    ) -> Result<(Self, Arc<Mutex<SerialPort>>), BuildError> {
-        let ram_end = ram.last().map_or(0, |(start, len)| start + len);
-        let mut devices = Self {
-            memory: Arc::clone(memory),
-            pio: Bus::default(),
-            mmio: Bus::default(),
-            irqs: Vec::new(),
-            windows: Vec::new(),
-            files: Vec::new(),
-            next_file: layout::pmem_start(ram_end),
-            subscribers: Vec::new(),
-            transports: Vec::new(),
-            root: None,
-            exit: ExitLatch::new()?,
-            console: ConsoleTail::default(),
-        };
-        let keyboard = Keyboard::new(devices.exit.clone());
-        devices
-            .pio
-            .insert(layout::I8042_PORT, 5, Arc::new(Mutex::new(keyboard)))?;
-        for (index, drive) in config.drives.iter().enumerate() {
-            devices.add_drive(index, drive)?;
-        }
-        if let Some(config) = &config.vsock {
-            let (cid, socket_path) = (config.cid, config.socket.clone());
-            devices.add_virtio(Vsock::new(vsock::VsockConfig { cid, socket_path })?)?;
-        }
-        devices.add_virtio(Rng::new()?)?;
-        // Last: a file for the console is made anew only where nothing else was refused.
-        let serial = devices.add_serial(&config.console)?;
-        Ok((devices, serial))
-    }
-
-    /// A new interrupt line to the IOAPIC's pin `gsi`.
-    fn irq(&mut self, gsi: u32) -> io::Result<EventFd> {
-        let line = EventFd::new(EFD_NONBLOCK)?;
-        self.irqs.push((gsi, line.try_clone()?));
-        Ok(line)
-    }
-
-    fn add_serial(
-        &mut self,
-        console: &ConsoleConfig,
-    ) -> Result<Arc<Mutex<SerialPort>>, BuildError> {
-        let failed = |path: &PathBuf| {
-            let path = path.clone();
-            |source| BuildError::Console { path, source }
-        };
-        let stream: Option<Box<dyn Write + Send>> = match console {
-            ConsoleConfig::Kept => None,
-            ConsoleConfig::Stderr => Some(Box::new(io::stderr())),
-            ConsoleConfig::File(path) => {
-                // Non-blocking: nobody may be at the other end of a pipe.
-                let file = File::options()
-                    .write(true)
-                    .create(true)
-                    .truncate(true)
-                    .custom_flags(libc::O_NONBLOCK)
-                    .open(path)
-                    .map_err(failed(path))?;
-                let path = path.clone();
-                Some(Box::new(ConsoleFile { file, path }))
-            }
-            ConsoleConfig::Log(path) => {
-                Some(Box::new(ConsoleLog::create(path).map_err(failed(path))?))
-            }
-        };
-        let line = Arc::new(self.irq(layout::SERIAL_GSI)?);
-        let port = SerialPort::new(line, self.console.clone(), stream);
-        let port = Arc::new(Mutex::new(port));
-        self.pio
-            .insert(layout::SERIAL_PORT, 8, Arc::clone(&port) as _)?;
-        Ok(port)
-    }
-
-    fn add_drive(&mut self, index: usize, config: &DriveConfig) -> Result<(), BuildError> {
-        let Drive { file, file_system } = Drive::open(config)?;
-        let read_only = config.read_only;
-        if index == 0 {
-            self.root = Some(Root {
-                interface: config.interface,
-                read_only,
-                file_system,
-            });
-        }
-        let id = format!("drive-{index}");
-        let path = config.path.clone();
-        match config.interface {
-            DriveInterface::Block => self.add_virtio(Block::new(BlockConfig {
-                file,
-                path,
-                read_only,
-                id,
-            })?),
-            DriveInterface::Pmem => self.add_pmem(file, path, id),
-        }
-    }
-
-    fn add_pmem(&mut self, file: File, path: PathBuf, id: String) -> Result<(), BuildError> {
-        let granule = usize::try_from(layout::PMEM_GRANULE).unwrap_or(usize::MAX);
-        let mapping =
-            FileMapping::new(file, granule).map_err(|source| BuildError::Map { path, source })?;
-        let (start, size) = (self.next_file, mapping.size() as u64);
-        self.next_file = layout::pmem_start(start + size);
-        self.files.push((start, mapping));
-        self.add_virtio(Pmem::new(PmemConfig { id, start, size })?)
-    }
-
-    /// Gives a virtio device the next window, interrupt line and a place in the event loop.
-    fn add_virtio<D>(&mut self, device: D) -> Result<(), BuildError>
-    where
-        D: VirtioDevice + MutEventSubscriber + 'static,
-    {
-        let index = u32::try_from(self.windows.len()).unwrap_or(u32::MAX);
-        let gsi = layout::VIRTIO_GSI_START.saturating_add(index);
-        if gsi > layout::GSI_MAX {
-            let max = layout::GSI_MAX - layout::VIRTIO_GSI_START + 1;
-            return Err(BuildError::TooManyDevices { max });
-        }
-        let base = layout::VIRTIO_MMIO_START + u64::from(index) * WINDOW_SIZE;
-        let irq = Arc::new(self.irq(gsi)?);
-        let device = Arc::new(Mutex::new(device));
-        let transport = MmioTransport::new(Arc::clone(&self.memory), irq, Arc::clone(&device) as _);
-        let events = transport.queue_events().iter().map(EventFd::try_clone);
-        self.windows
-            .push((base, events.collect::<io::Result<_>>()?));
-        let transport = Arc::new(Mutex::new(transport));
-        self.mmio
-            .insert(base, WINDOW_SIZE, Arc::clone(&transport) as _)?;
-        self.transports.push(transport);
-        self.subscribers.push(device);
-        Ok(())
-    }
-
-    /// The kernel's command line: what every guest needs, what this kind of KVM needs, the devices, the
-    /// user's words.
-    fn cmdline(&self, config: &VmConfig, kind: KvmKind) -> String {
-        let mut words = vec![
-            "console=ttyS0 reboot=k panic=-1 quiet".to_owned(),
-            kind.cmdline().to_owned(),
-        ];
-        for ((base, _), gsi) in self.windows.iter().zip(layout::VIRTIO_GSI_START..) {
-            words.push(format!(
-                "virtio_mmio.device={:#x}@{base:#x}:{gsi}",
-                WINDOW_SIZE
-            ));
-        }
-        if let Some(root) = &self.root {
-            let (device, pmem) = match root.interface {
-                DriveInterface::Block => ("vda", false),
-                DriveInterface::Pmem => ("pmem0", true),
-            };
-            words.push(format!(
-                "root=/dev/{device} {}",
-                if root.read_only { "ro" } else { "rw" }
-            ));
-            words.extend(root.file_system.map(|name| format!("rootfstype={name}")));
-            // Of the file systems that can do DAX, EROFS goes on without it where an image does not allow it.
-            if pmem && root.file_system == Some("erofs") {
-                words.push("rootflags=dax".to_owned());
-            }
-        }
-        words.push(config.cmdline.clone());
-        words.retain(|word| !word.is_empty());
-        words.join(" ")
-    }
-
-    /// Connects interrupts and queue notifications to KVM.
-    fn connect(&mut self, vm: &VmFd) -> Result<(), KvmError> {
-        for (gsi, line) in &self.irqs {
-            vm.register_irqfd(line, *gsi)
-                .map_err(call_failed("KVM_IRQFD"))?;
-        }
-        for (base, events) in &self.windows {
-            let notify = IoEventAddress::Mmio(base + QUEUE_NOTIFY);
-            for (queue, event) in (0u32..).zip(events) {
-                vm.register_ioevent(event, &notify, queue)
-                    .map_err(call_failed("KVM_IOEVENTFD"))?;
-            }
-        }
-        Ok(())
-    }
 }

@@ -1,17 +1,23 @@
 //! A virtual machine's life: it runs, with pauses, from when it is started until its end or its drop.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuFd, VmFd};
+use snapshot_fmt::state::machine::MachineState;
+use snapshot_fmt::state::vcpu::VcpuState;
 
 use crate::devices::live::LiveDevices;
 use crate::devices::serial::ConsoleTail;
-use crate::event_loop::{EventLoop, EventLoopError, Subscriber};
+use crate::event_loop::{EventLoop, EventLoopError, QuiesceError, Subscriber};
 use crate::exit::ExitLatch;
+use crate::kvm::{self, KvmError, platform};
 use crate::memory::GuestMemory;
+use crate::pager::Pager;
 use crate::sys::file_mapping::FileMapping;
+use crate::vcpu::state::{self, SaveContext, VcpuStateError};
 use crate::vcpu::{VcpuContext, VcpuThread};
 
 /// How long a processor may take to leave the guest. It does so at once, unless the host has no time for its thread.
@@ -31,6 +37,26 @@ pub enum RunState {
 #[error("vCPU {0} did not stop within {PAUSE_DEADLINE:?}: the host is overloaded; the VM runs on")]
 pub struct PauseError(usize);
 
+/// Why a machine could not be saved. It runs on as before.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// A processor did not stop.
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    /// The devices did not come to rest.
+    #[error(transparent)]
+    Quiesce(#[from] QuiesceError),
+    /// A processor's state cannot be had.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuStateError),
+    /// The state of what they share cannot be had.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A processor's thread is gone.
+    #[error("vCPU {0} has ended: there is no state to save")]
+    Ended(usize),
+}
+
 /// A machine that is built and has not run yet: what the builder hands over.
 pub struct Parts {
     /// The VM, on which memory and processors hang.
@@ -47,6 +73,8 @@ pub struct Parts {
     pub subscribers: Vec<Subscriber>,
     /// The devices that are saved with the machine.
     pub devices: LiveDevices,
+    /// Where memory comes from that is not there yet.
+    pub pager: Option<Pager>,
     /// The console's last lines.
     pub console: ConsoleTail,
 }
@@ -54,10 +82,7 @@ pub struct Parts {
 /// A running virtual machine.
 ///
 /// Fields are dropped in this order: the processors stop, then the devices, then KVM lets go of the memory, then it is unmapped.
-#[expect(
-    dead_code,
-    reason = "most fields are held for the order of their drops"
-)]
+/// The pager outlives whoever may wait for a page.
 pub struct Machine {
     vcpus: Vec<VcpuThread>,
     state: Mutex<RunState>,
@@ -67,7 +92,8 @@ pub struct Machine {
     console: ConsoleTail,
     vm: VmFd,
     memory: Arc<GuestMemory>,
-    files: Vec<(u64, FileMapping)>,
+    _files: Vec<(u64, FileMapping)>,
+    _pager: Option<Pager>,
 }
 
 impl Machine {
@@ -81,6 +107,7 @@ impl Machine {
             context,
             subscribers,
             devices,
+            pager,
             console,
         } = parts;
         let exit = context.exit.clone();
@@ -106,7 +133,8 @@ impl Machine {
             console,
             vm,
             memory,
-            files,
+            _files: files,
+            _pager: pager,
         })
     }
 
@@ -122,18 +150,29 @@ impl Machine {
 
     /// Whether the processors run.
     pub fn state(&self) -> RunState {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.lock()
     }
 
     /// Takes all processors out of the guest; comes back when they are. A machine that is paused stays so.
     pub fn pause(&self) -> Result<(), PauseError> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.stop(&mut self.lock())
+    }
+
+    /// Lets the processors run on. A machine that runs is left alone.
+    pub fn resume(&self) {
+        self.run_on(&mut self.lock());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, RunState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stop(&self, state: &mut RunState) -> Result<(), PauseError> {
         let deadline = Instant::now() + PAUSE_DEADLINE;
         self.vcpus.iter().for_each(VcpuThread::pause);
         for (id, vcpu) in self.vcpus.iter().enumerate() {
             if !vcpu.wait_paused(deadline) {
-                self.vcpus.iter().for_each(VcpuThread::resume);
-                *state = RunState::Running;
+                self.run_on(state);
                 return Err(PauseError(id));
             }
         }
@@ -141,10 +180,64 @@ impl Machine {
         Ok(())
     }
 
-    /// Lets the processors run on. A machine that runs is left alone.
-    pub fn resume(&self) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+    fn run_on(&self, state: &mut RunState) {
         self.vcpus.iter().for_each(VcpuThread::resume);
         *state = RunState::Running;
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Stops everything, and has `during` see the state of this moment, in which memory stands still as well; then goes on,
+    /// unless the machine was paused before. Nobody else pauses or resumes it meanwhile.
+    pub fn freeze<T>(&self, during: impl FnOnce(MachineState) -> T) -> Result<T, SaveError> {
+        let context = SaveContext::new(&kvm::open()?)?;
+        let mut state = self.lock();
+        let before = *state;
+        let result = self.frozen(&mut state, &context, during);
+        self.event_loop.resume();
+        if before == RunState::Running {
+            self.run_on(&mut state);
+        }
+        result
+    }
+
+    fn frozen<T>(
+        &self,
+        state: &mut RunState,
+        context: &SaveContext,
+        during: impl FnOnce(MachineState) -> T,
+    ) -> Result<T, SaveError> {
+        self.stop(state)?;
+        self.event_loop.pause(Instant::now() + PAUSE_DEADLINE)?;
+        let vcpus = self.save_vcpus(context)?;
+        Ok(during(MachineState {
+            vcpus,
+            platform: platform::save(&self.vm)?,
+            devices: self.devices.save(),
+        }))
+    }
+
+    fn save_vcpus(&self, context: &SaveContext) -> Result<Vec<VcpuState>, SaveError> {
+        let answers: Vec<_> = self
+            .vcpus
+            .iter()
+            .map(|vcpu| {
+                let (sender, answer) = sync_channel(1);
+                let context = context.clone();
+                vcpu.when_paused(move |vcpu| {
+                    // Nobody waits any more only where saving has failed elsewhere.
+                    let _ = sender.send(state::save(vcpu, &context));
+                });
+                answer
+            })
+            .collect();
+        answers
+            .into_iter()
+            .enumerate()
+            .map(|(id, answer)| Ok(answer.recv().map_err(|_| SaveError::Ended(id))??))
+            .collect()
     }
 }

@@ -7,6 +7,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::index::EXTENT_BYTES;
 use super::{EXTENTS_MAX, Extent, ExtentKind, hashes, offset_of_stored};
 use crate::digest::{Digest, PageHash};
@@ -18,7 +20,7 @@ use crate::{PAGE_SIZE, PAGES_MAX, Page, as_usize, pages};
 const BUFFER: usize = 256 << 10;
 
 /// What was written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerSummary {
     /// Length of the file in bytes.
     pub bytes: u64,

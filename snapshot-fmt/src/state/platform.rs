@@ -6,9 +6,15 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PlatformState {
-    /// `struct kvm_irqchip` of the first PIC, the second, and the IOAPIC.
-    #[serde(with = "crate::bytes::list")]
-    pub irqchips: Vec<Vec<u8>>,
+    /// `struct kvm_irqchip` of the first PIC.
+    #[serde(with = "crate::bytes")]
+    pub pic_master: Vec<u8>,
+    /// `struct kvm_irqchip` of the second PIC.
+    #[serde(with = "crate::bytes")]
+    pub pic_slave: Vec<u8>,
+    /// `struct kvm_irqchip` of the IOAPIC.
+    #[serde(with = "crate::bytes")]
+    pub ioapic: Vec<u8>,
     /// `struct kvm_pit_state2`.
     #[serde(with = "crate::bytes")]
     pub pit: Vec<u8>,

@@ -11,7 +11,7 @@ use clap::Args;
 use super::launch::{BootFiles, become_monitor};
 use super::vm_args::{VmArgs, installed_image, installed_kernel};
 use super::{CliError, ending_status};
-use crate::builder;
+use crate::builder::{self, Origin};
 use crate::config::ConsoleConfig;
 use crate::exit::ExitReason;
 use crate::supervisor::{Ending, end_by_force};
@@ -37,7 +37,7 @@ pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
     };
     let signals = become_monitor()?;
     let config = vm.machine_config(files, None, ConsoleConfig::Stderr);
-    let machine = builder::build(&config, &timings)?;
+    let machine = builder::build(&config, Origin::Boot, &timings)?;
 
     let ending = vm.supervisor(&machine, signals, start, None).wait_for_end();
     timings.mark("VM ended");

@@ -14,7 +14,7 @@ use super::program::{ProgramArgs, Work, failed, perform};
 use super::ready::{Boot, listen_for_agent};
 use super::vm_args::VmArgs;
 use crate::agent::{Agent, AgentError, ShutdownMode};
-use crate::builder;
+use crate::builder::{self, Origin};
 use crate::config::ConsoleConfig;
 use crate::exit::ExitReason;
 use crate::logger::complain;
@@ -56,7 +56,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         Some(path) => ConsoleConfig::File(path.to_owned()),
     };
     let config = vm.machine_config(files, Some(sandbox.paths()), console);
-    let machine = builder::build(&config, &timings)?;
+    let machine = builder::build(&config, Origin::Boot, &timings)?;
     let supervisor = vm.supervisor(&machine, signals, start, Some(&sandbox));
     let writable = config.drives.iter().any(|drive| !drive.read_only);
     let boot = Boot {

@@ -20,7 +20,7 @@ use super::vm_args::VmArgs;
 use super::vm_spec::VmSpec;
 use super::{CliError, ending_status, print};
 use crate::agent::Agent;
-use crate::builder;
+use crate::builder::{self, Origin};
 use crate::config::{ConsoleConfig, VmConfig};
 use crate::control::routes::Control;
 use crate::control::server::Server;
@@ -156,7 +156,7 @@ fn monitor(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
     let record = record(&sandbox, args, &vm, &config);
     sandbox.publish(&record).map_err(bad)?;
     let ready = listen_for_agent(&paths)?;
-    let machine = Arc::new(builder::build(&config, &timings)?);
+    let machine = Arc::new(builder::build(&config, Origin::Boot, &timings)?);
     let supervisor = vm.supervisor(&machine, signals, start, Some(&sandbox));
     let boot = Boot {
         machine: &machine,

@@ -5,8 +5,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use snapshot_fmt::state::serial::SerialState;
-use snapshot_fmt::state::virtio::VirtioState;
+use snapshot_fmt::state::machine::DeviceStates;
 
 use super::serial::SerialPort;
 use super::virtio::mmio::MmioTransport;
@@ -17,15 +16,6 @@ pub struct LiveDevices {
     pub serial: Arc<Mutex<SerialPort>>,
     /// The transports with their devices, by ascending address.
     pub virtio: Vec<Arc<Mutex<MmioTransport>>>,
-}
-
-/// Their states.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeviceStates {
-    /// COM1's.
-    pub serial: SerialState,
-    /// Those of the virtio devices, in order.
-    pub virtio: Vec<VirtioState>,
 }
 
 impl LiveDevices {

@@ -9,27 +9,14 @@ use zerocopy::IntoBytes;
 
 use super::{KvmError, call_failed, structure};
 
-const CHIPS: [u32; 3] = [
-    KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE,
-    KVM_IRQCHIP_IOAPIC,
-];
-
 /// Saves what processors share. They are outside of KVM_RUN.
 pub fn save(vm: &VmFd) -> Result<PlatformState, KvmError> {
-    let irqchips = CHIPS.map(|chip_id| -> Result<Vec<u8>, KvmError> {
-        let mut chip = kvm_irqchip {
-            chip_id,
-            ..Default::default()
-        };
-        vm.get_irqchip(&mut chip)
-            .map_err(call_failed("KVM_GET_IRQCHIP"))?;
-        Ok(chip.as_bytes().to_vec())
-    });
     let pit = vm.get_pit2().map_err(call_failed("KVM_GET_PIT2"))?;
     let clock = vm.get_clock().map_err(call_failed("KVM_GET_CLOCK"))?;
     Ok(PlatformState {
-        irqchips: irqchips.into_iter().collect::<Result<_, _>>()?,
+        pic_master: get_chip(vm, KVM_IRQCHIP_PIC_MASTER)?,
+        pic_slave: get_chip(vm, KVM_IRQCHIP_PIC_SLAVE)?,
+        ioapic: get_chip(vm, KVM_IRQCHIP_IOAPIC)?,
         pit: pit.as_bytes().to_vec(),
         clock_ns: clock.clock,
     })
@@ -37,16 +24,30 @@ pub fn save(vm: &VmFd) -> Result<PlatformState, KvmError> {
 
 /// Restores interrupt controllers and timer, before the processors' local APICs.
 pub fn restore(vm: &VmFd, state: &PlatformState) -> Result<(), KvmError> {
-    for (index, chip_id) in CHIPS.into_iter().enumerate() {
-        let bytes = state.irqchips.get(index).map_or(&[][..], Vec::as_slice);
-        let mut chip: kvm_irqchip = structure("kvm_irqchip", bytes)?;
-        chip.chip_id = chip_id;
-        vm.set_irqchip(&chip)
-            .map_err(call_failed("KVM_SET_IRQCHIP"))?;
-    }
+    set_chip(vm, KVM_IRQCHIP_PIC_MASTER, &state.pic_master)?;
+    set_chip(vm, KVM_IRQCHIP_PIC_SLAVE, &state.pic_slave)?;
+    set_chip(vm, KVM_IRQCHIP_IOAPIC, &state.ioapic)?;
     vm.set_pit2(&structure("kvm_pit_state2", &state.pit)?)
-        .map_err(call_failed("KVM_SET_PIT2"))?;
-    Ok(())
+        .map_err(call_failed("KVM_SET_PIT2"))
+}
+
+fn get_chip(vm: &VmFd, chip_id: u32) -> Result<Vec<u8>, KvmError> {
+    let mut chip = kvm_irqchip {
+        chip_id,
+        ..Default::default()
+    };
+    vm.get_irqchip(&mut chip)
+        .map_err(call_failed("KVM_GET_IRQCHIP"))?;
+    Ok(chip.as_bytes().to_vec())
+}
+
+fn set_chip(vm: &VmFd, chip_id: u32, bytes: &[u8]) -> Result<(), KvmError> {
+    let chip = kvm_irqchip {
+        chip_id,
+        ..structure("kvm_irqchip", bytes)?
+    };
+    vm.set_irqchip(&chip)
+        .map_err(call_failed("KVM_SET_IRQCHIP"))
 }
 
 /// Lets the guest's clock go on from where it was saved. Last of all: from here on it runs.

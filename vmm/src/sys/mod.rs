@@ -6,5 +6,6 @@
 pub mod advise;
 pub mod file_mapping;
 pub mod fork;
+pub mod overlay;
 pub mod userfaultfd;
 pub mod vectored;

@@ -6,7 +6,7 @@
 
 use std::io;
 
-use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_mp_state, kvm_msr_entry};
+use kvm_bindings::{Msrs, kvm_cpuid_entry2, kvm_mp_state, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use snapshot_fmt::state::vcpu::{CpuidEntry, VcpuState};
 use thiserror::Error;
@@ -119,10 +119,7 @@ pub fn restore(
     host: &[kvm_cpuid_entry2],
 ) -> Result<(), VcpuStateError> {
     check_cpuid(&state.cpuid, host)?;
-    let cpuid = CpuId::from_entries(host)
-        .map_err(|error| call_failed("KVM_SET_CPUID2")(io::Error::other(format!("{error:?}"))))?;
-    vcpu.set_cpuid2(&cpuid)
-        .map_err(call_failed("KVM_SET_CPUID2"))?;
+    super::set_cpuid(vcpu, host)?;
     if state.tsc_khz != 0 && vcpu.get_tsc_khz().is_ok_and(|khz| khz != state.tsc_khz) {
         vcpu.set_tsc_khz(state.tsc_khz)
             .map_err(call_failed("KVM_SET_TSC_KHZ"))?;
