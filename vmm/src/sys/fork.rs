@@ -8,6 +8,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 
 /// A forked child, which is killed and reaped when this is dropped.
@@ -16,10 +19,23 @@ pub struct Child {
     ended: bool,
 }
 
+/// Says that this process is a child, alone with its copy of memory.
+pub struct Frozen(());
+
+impl Frozen {
+    /// The bytes of a piece of private guest memory.
+    pub fn bytes<'a, B: BitmapSlice>(&'a self, slice: &'a VolatileSlice<'_, B>) -> &'a [u8] {
+        let guard = slice.ptr_guard();
+        // SAFETY: the memory is mapped for as long as the slice lives. It is this process's own copy, in which no processor runs and no other
+        // thread exists; and this thread writes to no guest memory while it has the only `Frozen`.
+        unsafe { std::slice::from_raw_parts(guard.as_ptr(), guard.len()) }
+    }
+}
+
 impl Child {
     /// Forks. The child closes every descriptor but `keep`, is killed when this thread dies, and ends with what `body` returns;
     /// its signals are blocked. In between it must keep to this file's invariant.
-    pub fn fork(keep: &[BorrowedFd<'_>], body: impl FnOnce() -> u8) -> io::Result<Self> {
+    pub fn fork(keep: &[BorrowedFd<'_>], body: impl FnOnce(&Frozen) -> u8) -> io::Result<Self> {
         let mut kept: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
         kept.sort_unstable();
         let parent = rustix::process::getpid();
@@ -27,7 +43,7 @@ impl Child {
         let pid = unsafe { libc::fork() };
         if pid == 0 {
             become_child(&kept, parent);
-            exit(body())
+            exit(body(&Frozen(())))
         }
         let pid = Pid::from_raw(pid).ok_or_else(io::Error::last_os_error)?;
         match pidfd_open(pid, PidfdFlags::empty()) {

@@ -1,0 +1,256 @@
+//! The memory of one moment, written as a layer while the machine runs on.
+//!
+//! A fork of the monitor has all of guest memory as it is, copy-on-write, for the price of copying page tables: that is all
+//! the machine has to stand still for. The child finds the pages that may differ from what memory began with, by
+//! their being private copies (`/proc/self/pagemap`), and writes those that are neither zero nor the parent's. Pages that
+//! were never touched, or only read, are what they were.
+//!
+//! Nothing of the running machine depends on the child: it may fail or be killed at any time.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use snapshot_fmt::chain::Chain;
+use snapshot_fmt::delta::DeltaWriter;
+use snapshot_fmt::layer::LayerSummary;
+use snapshot_fmt::{PAGE_BYTES, PAGE_SIZE};
+
+use crate::memory::{self, GuestMemory};
+use crate::sys::fork::{Child, Frozen, pipe};
+
+/// Bits of an entry of pagemap (Linux, Documentation/admin-guide/mm/pagemap.rst): present, swapped out, of a file.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const OF_FILE: u64 = 1 << 61;
+/// Pages whose entries are read at once: 64 KiB of entries, 32 MiB of memory.
+const PAGES_PER_READ: usize = 8192;
+
+/// A layer that is being written by a child.
+pub struct LayerInProgress {
+    child: Child,
+    answer: File,
+}
+
+/// What the child says at its end.
+#[derive(Serialize, Deserialize)]
+enum Answer {
+    Written(LayerSummary),
+    Failed(String),
+}
+
+impl LayerInProgress {
+    /// Begins to write `memory` as it is now to `file`, which `path` names in messages, as far as it differs from `parent`. What
+    /// memory began with, before anybody wrote to it, must be an ancestor's or zero. The machine stands still until this returns.
+    pub fn begin(
+        memory: &GuestMemory,
+        file: &File,
+        path: &Path,
+        parent: Option<&Chain>,
+    ) -> io::Result<Self> {
+        let (answer, question) = pipe()?;
+        let own = file.try_clone()?;
+        let layers = parent.map_or(&[][..], Chain::layers);
+        let mut keep = vec![own.as_fd(), question.as_fd()];
+        keep.extend(layers.iter().map(|layer| layer.file().as_fd()));
+        let child = Child::fork(&keep, |frozen| {
+            let result = own
+                .try_clone()
+                .map_err(|error| error.to_string())
+                .and_then(|own| write(frozen, memory, own, path, parent));
+            let answer = result.map_or_else(Answer::Failed, Answer::Written);
+            let sent =
+                serde_json::to_vec(&answer).is_ok_and(|text| (&question).write_all(&text).is_ok());
+            u8::from(!sent)
+        })?;
+        Ok(Self { child, answer })
+    }
+
+    /// Waits until the layer is written and on the disk.
+    pub fn finish(mut self) -> io::Result<LayerSummary> {
+        let mut text = Vec::new();
+        self.answer.read_to_end(&mut text)?;
+        let status = self.child.wait()?;
+        match serde_json::from_slice(&text) {
+            Ok(Answer::Written(summary)) => Ok(summary),
+            Ok(Answer::Failed(why)) => Err(io::Error::other(why)),
+            Err(_) => Err(io::Error::other(match status {
+                Some(status) => {
+                    format!("the process that wrote the memory ended with status {status}")
+                }
+                None => "the process that wrote the memory was killed".to_owned(),
+            })),
+        }
+    }
+}
+
+/// The child's work.
+fn write(
+    frozen: &Frozen,
+    memory: &GuestMemory,
+    file: File,
+    path: &Path,
+    parent: Option<&Chain>,
+) -> Result<LayerSummary, String> {
+    let total = memory::total_pages(memory);
+    let pagemap = File::open("/proc/self/pagemap")
+        .map_err(|error| format!("cannot read /proc/self/pagemap: {error}"))?;
+    let mut layer =
+        DeltaWriter::new(file, path, total, parent).map_err(|error| error.to_string())?;
+    for (first_page, slice) in memory::pages(memory, 0, total) {
+        let bytes = frozen.bytes(&slice);
+        let address = bytes.as_ptr() as u64;
+        let pages = bytes.len() / PAGE_SIZE;
+        for from in (0..pages).step_by(PAGES_PER_READ) {
+            let entries =
+                pagemap_entries(&pagemap, address, from, pages.min(from + PAGES_PER_READ))
+                    .map_err(|error| format!("cannot read /proc/self/pagemap: {error}"))?;
+            // Runs of private pages and of others, in turn.
+            let mut page = from;
+            for run in entries.chunk_by(|a, b| is_private(*a) == is_private(*b)) {
+                let end = page + run.len();
+                if is_private(run[0]) {
+                    layer
+                        .put(
+                            first_page + page as u64,
+                            &bytes[page * PAGE_SIZE..end * PAGE_SIZE],
+                        )
+                        .map_err(|error| error.to_string())?;
+                }
+                page = end;
+            }
+        }
+    }
+    let (summary, file) = layer.finish().map_err(|error| error.to_string())?;
+    file.sync_all()
+        .map_err(|error| format!("{}: cannot be written out: {error}", path.display()))?;
+    Ok(summary)
+}
+
+/// Whether an entry of pagemap is that of a page of our own: neither absent nor a file's. One of zeros counts too.
+fn is_private(entry: u64) -> bool {
+    entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0
+}
+
+/// The entries of the pages `from` to before `to`, counted from the one at `address`.
+fn pagemap_entries(pagemap: &File, address: u64, from: usize, to: usize) -> io::Result<Vec<u64>> {
+    let mut bytes = vec![0; (to - from) * size_of::<u64>()];
+    let first = address / PAGE_BYTES + from as u64;
+    pagemap.read_exact_at(&mut bytes, first * size_of::<u64>() as u64)?;
+    let entries = bytes.chunks_exact(size_of::<u64>());
+    Ok(entries
+        .filter_map(|entry| entry.first_chunk().copied().map(u64::from_ne_bytes))
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use snapshot_fmt::layer::Layer;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::pager::{Pager, Pages};
+    use std::sync::Arc;
+
+    const RAM: [(u64, u64); 2] = [(0, 64 << 12), (1 << 20, 64 << 12)];
+
+    fn save(memory: &GuestMemory, parent: Option<&Chain>) -> (Layer, LayerSummary) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let layer = LayerInProgress::begin(memory, file.as_file(), file.path(), parent).unwrap();
+        let summary = layer.finish().unwrap();
+        (
+            Layer::open(file.reopen().unwrap(), file.path()).unwrap(),
+            summary,
+        )
+    }
+
+    fn restored(layers: Vec<Layer>) -> GuestMemory {
+        let memory = memory::create(&RAM).unwrap();
+        let chain = Arc::new(Chain::new(layers).unwrap());
+        Pager::start(Pages { chain }, &memory).unwrap();
+        memory
+    }
+
+    fn fill(memory: &GuestMemory, page: u64, byte: u8) {
+        let (_, slice) = memory::pages(memory, page, 1).next().unwrap();
+        slice.copy_from(&[byte; PAGE_SIZE][..]);
+    }
+
+    fn first_bytes(memory: &GuestMemory) -> Vec<u8> {
+        (0..memory::total_pages(memory))
+            .map(|page| {
+                let (_, slice) = memory::pages(memory, page, 1).next().unwrap();
+                slice.read_obj(0).unwrap()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_layer_holds_what_was_written_and_is_not_zero() {
+        let memory = memory::create(&RAM).unwrap();
+        for (page, byte) in [(0, 1), (63, 2), (64, 3), (100, 0)] {
+            fill(&memory, page, byte);
+        }
+        let (layer, summary) = save(&memory, None);
+        assert_eq!((summary.data_pages, summary.zero_pages), (3, 0));
+        assert_eq!(first_bytes(&restored(vec![layer])), first_bytes(&memory));
+    }
+
+    #[test]
+    fn a_layer_over_a_parent_holds_the_difference() {
+        let memory = memory::create(&RAM).unwrap();
+        for page in 0..20 {
+            fill(&memory, page, 5);
+        }
+        let memory = restored(vec![save(&memory, None).0]);
+        fill(&memory, 3, 6);
+        fill(&memory, 4, 0);
+        fill(&memory, 5, 5);
+        fill(&memory, 127, 7);
+        // Read, not written.
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(9 << 12)).unwrap(), 5);
+        let root = memory::create(&RAM).unwrap();
+        for page in 0..20 {
+            fill(&root, page, 5);
+        }
+        let root = save(&root, None).0;
+        let chain = Chain::new(vec![root]).unwrap();
+        let (layer, summary) = save(&memory, Some(&chain));
+        assert_eq!((summary.data_pages, summary.zero_pages), (2, 1));
+        let again = memory::create(&RAM).unwrap();
+        for page in 0..20 {
+            fill(&again, page, 5);
+        }
+        let root = save(&again, None).0;
+        assert_eq!(
+            first_bytes(&restored(vec![root, layer])),
+            first_bytes(&memory)
+        );
+    }
+
+    #[test]
+    fn the_layer_is_of_the_moment_it_was_begun() {
+        let memory = memory::create(&RAM).unwrap();
+        (0..128).for_each(|page| fill(&memory, page, 1));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let layer = LayerInProgress::begin(&memory, file.as_file(), file.path(), None).unwrap();
+        (0..128).for_each(|page| fill(&memory, page, 2));
+        layer.finish().unwrap();
+        let layer = Layer::open(file.reopen().unwrap(), file.path()).unwrap();
+        assert_eq!(first_bytes(&restored(vec![layer])), [1; 128]);
+    }
+
+    #[test]
+    fn a_full_disk_is_an_error_that_names_the_file() {
+        let memory = memory::create(&RAM).unwrap();
+        (0..128).for_each(|page| fill(&memory, page, 1));
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let layer =
+            LayerInProgress::begin(&memory, &full, Path::new("memory.layer"), None).unwrap();
+        let error = layer.finish().unwrap_err().to_string();
+        assert!(error.contains("memory.layer"), "{error}");
+    }
+}

@@ -1,0 +1,3 @@
+//! Snapshots: a running machine written to a directory while it runs on, and brought back.
+
+pub mod memory_layer;
