@@ -178,6 +178,7 @@ pub fn new_guest() -> Guest<Vsock> {
     let config = VsockConfig {
         cid: CID,
         socket_path: socket_path(),
+        kept_port: SERVER,
     };
     let mut guest = Guest::new(Vsock::new(config).expect("a device"));
     guest.restart(true);

@@ -216,6 +216,7 @@ pub fn build(
         subscribers: devices.subscribers,
         devices: live,
         pager,
+        agent_link: devices.agent_link,
         console: devices.console,
     })?)
 }

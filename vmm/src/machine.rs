@@ -1,6 +1,7 @@
 //! A virtual machine's life: it runs, with pauses, from when it is started until its end or its drop.
 
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -75,6 +76,8 @@ pub struct Parts {
     pub devices: LiveDevices,
     /// Where memory comes from that is not there yet.
     pub pager: Option<Pager>,
+    /// The host's end of the agent's connection, where a restored guest has kept it.
+    pub agent_link: Option<UnixStream>,
     /// The console's last lines.
     pub console: ConsoleTail,
 }
@@ -94,6 +97,7 @@ pub struct Machine {
     memory: Arc<GuestMemory>,
     _files: Vec<(u64, FileMapping)>,
     _pager: Option<Pager>,
+    agent_link: Mutex<Option<UnixStream>>,
 }
 
 impl Machine {
@@ -108,6 +112,7 @@ impl Machine {
             subscribers,
             devices,
             pager,
+            agent_link,
             console,
         } = parts;
         let exit = context.exit.clone();
@@ -135,6 +140,7 @@ impl Machine {
             memory,
             _files: files,
             _pager: pager,
+            agent_link: Mutex::new(agent_link),
         })
     }
 
@@ -183,6 +189,16 @@ impl Machine {
     fn run_on(&self, state: &mut RunState) {
         self.vcpus.iter().for_each(VcpuThread::resume);
         *state = RunState::Running;
+    }
+
+    /// The host's end of the connection that the agent had when the machine was saved, once. None where that did not survive:
+    /// the agent then calls again.
+    pub fn take_agent_link(&self) -> Option<UnixStream> {
+        let mut link = self
+            .agent_link
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        link.take()
     }
 
     /// Guest memory.

@@ -92,11 +92,44 @@ pub struct PmemState {
     pub size: u64,
 }
 
-/// What virtio-vsock adds. Connections do not survive: the guest is told to drop them.
+/// What virtio-vsock adds. One connection may survive; the guest is told to drop the others.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockState {
     /// The guest's context id.
     pub cid: u32,
     /// The next port to give to a connection from the host.
     pub next_host_port: u32,
+    /// The connection that goes on. Without it the guest is told by one event to drop all that it has.
+    pub kept: Option<VsockConnectionState>,
+    /// Beside a kept connection: those that end, with a packet each.
+    pub ended: Vec<VsockPorts>,
+}
+
+/// The ends of a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct VsockPorts {
+    /// The port on the host.
+    pub host: u32,
+    /// The port in the guest.
+    pub guest: u32,
+}
+
+/// An established connection with nothing on its way in either direction. The counts are in bytes and wrap around (Virtio
+/// 1.2, section 5.10.6.3).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockConnectionState {
+    /// Its ends.
+    pub ports: VsockPorts,
+    /// Room for what the guest sends.
+    pub buf_alloc: u32,
+    /// What the guest has sent; all of it was forwarded.
+    pub forwarded: u32,
+    /// How much of that the guest knows to be forwarded.
+    pub forwarded_told: u32,
+    /// What the guest was sent.
+    pub sent: u32,
+    /// How much of that it has said to have dealt with.
+    pub peer_fwd_cnt: u32,
+    /// The room that the guest has said to have.
+    pub peer_buf_alloc: u32,
 }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::slice::Iter;
 use std::sync::{Arc, Mutex};
@@ -15,6 +16,7 @@ use snapshot_fmt::state::virtio::{VirtioDeviceState, VirtioMmioState, VirtioStat
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::BuildError;
+use crate::agent::AGENT_PORT;
 use crate::arch::x86_64::layout;
 use crate::config::{ConsoleConfig, DriveConfig, DriveInterface, VmConfig, VsockConfig};
 use crate::console_log::ConsoleLog;
@@ -71,6 +73,8 @@ pub(super) struct Devices<'a> {
     next_file: u64,
     pub subscribers: Vec<Subscriber>,
     transports: Vec<Arc<Mutex<MmioTransport>>>,
+    /// The host's end of the agent's connection, where a restored guest has kept it.
+    pub agent_link: Option<UnixStream>,
     root: Option<Root>,
     pub exit: ExitLatch,
     pub console: ConsoleTail,
@@ -103,6 +107,7 @@ impl<'a> Devices<'a> {
             next_file: layout::pmem_start(ram_end),
             subscribers: Vec::new(),
             transports: Vec::new(),
+            agent_link: None,
             root: None,
             exit: ExitLatch::new()?,
             console: ConsoleTail::default(),
@@ -239,13 +244,21 @@ impl<'a> Devices<'a> {
 
     fn add_vsock(&mut self, config: &VsockConfig) -> Result<(), BuildError> {
         let (cid, socket_path) = (config.cid, config.socket.clone());
-        let config = vsock::VsockConfig { cid, socket_path };
+        let config = vsock::VsockConfig {
+            cid,
+            socket_path,
+            kept_port: AGENT_PORT,
+        };
         match self.next_saved()? {
             None => self.add_virtio(Vsock::new(config)?, None),
             Some(VirtioState {
                 transport,
                 device: VirtioDeviceState::Vsock(state),
-            }) => self.add_virtio(Vsock::restore(config, state)?, Some(transport)),
+            }) => {
+                let (vsock, link) = Vsock::restore(config, state)?;
+                self.agent_link = link;
+                self.add_virtio(vsock, Some(transport))
+            }
             Some(_) => Err(BuildError::OtherDevices("the vsock device is new")),
         }
     }

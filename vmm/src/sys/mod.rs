@@ -7,5 +7,6 @@ pub mod advise;
 pub mod file_mapping;
 pub mod fork;
 pub mod overlay;
+pub mod unread;
 pub mod userfaultfd;
 pub mod vectored;

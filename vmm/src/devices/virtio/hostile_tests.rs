@@ -99,7 +99,12 @@ const VSOCK: Target<Vsock> = Target {
         // The listener's socket is unlinked by its own name when it goes, the directory with it here.
         let dir = tempfile::tempdir().unwrap();
         let (cid, socket_path) = (52, dir.path().join("vsock"));
-        Vsock::new(VsockConfig { cid, socket_path }).unwrap()
+        Vsock::new(VsockConfig {
+            cid,
+            socket_path,
+            kept_port: 1024,
+        })
+        .unwrap()
     },
     queue: 1,
     right: 0,

@@ -24,6 +24,8 @@ use super::packet::{
 };
 use crate::devices::virtio::GuestSlice;
 
+mod state;
+
 /// How long the guest may take to answer a request, or a shutdown of both directions.
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -44,7 +46,7 @@ enum State {
 }
 
 /// What there is to tell the guest, apart from data.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Pending {
     request: bool,
     response: bool,

@@ -35,6 +35,8 @@ pub struct VsockConfig {
     pub cid: u32,
     /// Where host clients connect. Must not exist, but for a socket on which nobody listens any more.
     pub socket_path: PathBuf,
+    /// The host's port of the one connection that a restored guest keeps, where that is possible: the agent's.
+    pub kept_port: u32,
 }
 
 /// Why a socket device could not be made.
@@ -51,6 +53,12 @@ pub enum VsockError {
         /// Why.
         source: io::Error,
     },
+    /// A saved state that no device can have had.
+    #[error("the saved virtio-vsock: {0}")]
+    Saved(&'static str),
+    /// No stream for the connection that goes on.
+    #[error("cannot make a stream for the guest agent's connection: {0}")]
+    Stream(#[source] io::Error),
     /// No events for its queues.
     #[error("cannot make eventfds for virtio-vsock: {0}")]
     EventFd(#[source] io::Error),
@@ -59,6 +67,7 @@ pub enum VsockError {
 /// A socket device. Its Unix socket exists as long as it does.
 pub struct Vsock {
     pub(super) cid: u32,
+    pub(super) kept_port: u32,
     pub(super) muxer: Muxer,
     pub(super) reset: Reset,
     events: Arc<[EventFd]>,
@@ -68,7 +77,11 @@ pub struct Vsock {
 impl Vsock {
     /// A device in the reset state that listens on its socket. Clients wait until a driver is ready.
     pub fn new(config: VsockConfig) -> Result<Self, VsockError> {
-        let VsockConfig { cid, socket_path } = config;
+        let VsockConfig {
+            cid,
+            socket_path,
+            kept_port,
+        } = config;
         if !(3..u32::MAX).contains(&cid) {
             return Err(VsockError::Cid(cid));
         }
@@ -82,6 +95,7 @@ impl Vsock {
         };
         Ok(Self {
             cid,
+            kept_port,
             muxer,
             reset: Reset::Over,
             events,

@@ -26,6 +26,8 @@ pub use device::{Vsock, VsockConfig, VsockError};
 #[cfg(test)]
 mod hostile_tests;
 #[cfg(test)]
+mod restore_tests;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;

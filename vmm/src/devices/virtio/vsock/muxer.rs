@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use snapshot_fmt::state::virtio::{VsockConnectionState, VsockPorts};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -91,6 +92,54 @@ impl Muxer {
         this.watch(this.listener.as_raw_fd(), LISTENER)?;
         this.watch(this.timer.as_raw_fd(), TIMER)?;
         Ok(this)
+    }
+
+    /// The connection to the host's `port`, if there is exactly one and it can go on, and the ends of all others that the
+    /// guest may know of.
+    pub fn save(&self, port: u32) -> (Option<VsockConnectionState>, Vec<VsockPorts>) {
+        let mut candidates = self
+            .connections
+            .values()
+            .filter(|c| c.key.host_port == port);
+        let kept = match (candidates.next(), candidates.next()) {
+            (Some(only), None) => only.save(),
+            _ => None,
+        };
+        let kept_ports = kept.as_ref().map(|kept| kept.ports);
+        let connected = self.connections.keys().map(|&key| key.into());
+        // A refusal that the guest has not got yet ends what it takes for a connection, too.
+        let refused = self.replies.iter().map(|reply| VsockPorts {
+            host: reply.src_port,
+            guest: reply.dst_port,
+        });
+        let ended = connected.chain(refused);
+        (
+            kept,
+            ended.filter(|&ports| Some(ports) != kept_ports).collect(),
+        )
+    }
+
+    /// Goes on with a connection that was saved; returns the host's end of it.
+    pub fn restore(&mut self, kept: &VsockConnectionState) -> io::Result<UnixStream> {
+        let (stream, host) = UnixStream::pair()?;
+        stream.set_nonblocking(true)?;
+        let id = self.new_id();
+        self.watch(stream.as_raw_fd(), id)?;
+        self.add(Connection::restored(id, stream, self.guest_cid, kept));
+        Ok(host)
+    }
+
+    /// Tells the guest that a connection which it may have is no more.
+    pub fn refuse(&mut self, ports: VsockPorts) {
+        self.replies.push_back(Header {
+            src_cid: HOST_CID,
+            dst_cid: self.guest_cid,
+            src_port: ports.host,
+            dst_port: ports.guest,
+            kind: TYPE_STREAM,
+            op: op::RST,
+            ..Header::default()
+        });
     }
 
     /// Forgets every connection; the clients see theirs closed. Bytes that the guest has sent still go

@@ -1,29 +1,64 @@
-//! What is saved of a guest's sockets: no connection. They end with a reset, which the guest learns
-//! from the event queue when it is restored (Virtio 1.2, section 5.10.6.7).
+//! What is saved of a guest's sockets: one connection at most, the agent's, and only while nothing is on its way on it.
+//!
+//! The others end. Where one is kept, each of them ends with a reset of its own. Otherwise the guest learns from the event
+//! queue that all are gone (Virtio 1.2, section 5.10.6.7), which spares none.
+
+use std::os::unix::net::UnixStream;
 
 use snapshot_fmt::state::virtio::VsockState;
 
-use super::muxer::FIRST_HOST_PORT;
+use super::muxer::{BUFFER_SIZE, FIRST_HOST_PORT, MAX_CONNECTIONS, MAX_REPLIES};
 use super::queue::Reset;
 use super::{Vsock, VsockConfig, VsockError};
 
 impl Vsock {
-    /// What a restored device goes on with.
+    /// What a restored device goes on with. The host's end of the connection that is kept must be at rest, too: whoever
+    /// holds it may have read half of a message.
     pub fn save(&self) -> VsockState {
+        let (kept, mut ended) = self.muxer.save(self.kept_port);
+        if kept.is_none() {
+            ended.clear();
+        }
         VsockState {
             cid: self.cid,
             next_host_port: self.muxer.next_host_port,
+            kept,
+            ended,
         }
     }
 
-    /// A device in the reset state that will tell its guest of lost connections once its transport is
-    /// restored; new clients wait until the guest has dealt with that. The context id may differ from
-    /// the saved one: the guest reads it again on that event.
-    pub fn restore(config: VsockConfig, state: &VsockState) -> Result<Self, VsockError> {
+    /// A device in the reset state, for its transport to restore the rest, and the host's end of the connection that was
+    /// kept. None was, and all connections end, where `state` has none, or where the context id is not the saved one: the
+    /// guest reads that again when it is told that its connections are gone. New clients wait until it has dealt with that.
+    pub fn restore(
+        config: VsockConfig,
+        state: &VsockState,
+    ) -> Result<(Self, Option<UnixStream>), VsockError> {
         let mut vsock = Self::new(config)?;
-        vsock.reset = Reset::Due;
         // A port that the guest has not just seen; a number out of range starts again.
         vsock.muxer.next_host_port = state.next_host_port.max(FIRST_HOST_PORT);
-        Ok(vsock)
+        let Some(kept) = state.kept.as_ref().filter(|_| state.cid == vsock.cid) else {
+            vsock.reset = Reset::Due;
+            return Ok((vsock, None));
+        };
+        let wrong = if kept.ports.host != vsock.kept_port {
+            Some("the connection that it keeps is not the guest agent's")
+        } else if kept.buf_alloc > BUFFER_SIZE {
+            Some("its connection has more room than a connection can have")
+        } else if state.ended.len() > MAX_CONNECTIONS + MAX_REPLIES {
+            Some("it has more connections than it can have")
+        } else if state.ended.contains(&kept.ports) {
+            Some("it both ends and keeps a connection")
+        } else {
+            None
+        };
+        if let Some(wrong) = wrong {
+            return Err(VsockError::Saved(wrong));
+        }
+        for &ports in &state.ended {
+            vsock.muxer.refuse(ports);
+        }
+        let host = vsock.muxer.restore(kept).map_err(VsockError::Stream)?;
+        Ok((vsock, Some(host)))
     }
 }

@@ -13,6 +13,8 @@ use super::{Vsock, VsockConfig};
 use crate::devices::virtio::testing::{BUFFERS, FakeDriver, HIGH, WRITE, r};
 
 pub(super) const CID: u32 = 52;
+/// The host's port of the connection that is kept.
+pub(super) const LINK: u32 = 1024;
 /// Where a packet to be sent is.
 pub(super) const PACKET: u64 = BUFFERS;
 /// Payload that fits into one of the receive buffers.
@@ -37,6 +39,7 @@ pub(super) fn config(dir: &TempDir) -> VsockConfig {
     VsockConfig {
         cid: CID,
         socket_path: dir.path().join("vsock"),
+        kept_port: LINK,
     }
 }
 

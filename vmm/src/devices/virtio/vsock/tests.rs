@@ -7,7 +7,7 @@ use super::muxer::{BUFFER_SIZE, FIRST_HOST_PORT};
 use super::packet::{SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 use super::testing::{CID, Guest, PACKET, ROOM, config, read_some};
 use super::{Vsock, VsockError};
-use crate::devices::virtio::testing::{BUFFERS, FakeDriver, HIGH, WRITE, r, w};
+use crate::devices::virtio::testing::{BUFFERS, FakeDriver, HIGH, r, w};
 
 #[test]
 fn says_its_context_id() {
@@ -347,46 +347,4 @@ fn a_reset_ends_all_connections() {
     assert_eq!(guest.counts(), (0, 0, 0));
     guest.post_all();
     guest.connected_from_host(1);
-}
-
-#[test]
-fn a_restored_guest_drops_its_connections_before_it_gets_new_ones() {
-    let mut old = Guest::new();
-    let (ports, _client) = old.connected_from_host(1);
-    for index in 0..8 {
-        old.driver
-            .raw_desc(2, index, BUFFERS + 8 * u64::from(index), 4, WRITE, 0);
-        old.driver.make_available(2, index);
-    }
-    old.driver.kick(2);
-    assert_eq!(old.driver.used(2), []);
-    old.driver.write(BUFFERS, &[0xff; 4]);
-    let transport = old.driver.transport.save();
-    let state = old.driver.device.lock().unwrap().save();
-
-    let dir = tempfile::tempdir().unwrap();
-    let vsock = Vsock::restore(config(&dir), &state).unwrap();
-    assert_eq!(vsock.save(), state);
-    let driver = FakeDriver::restored(vsock, &old.driver, &transport);
-    let mut guest = Guest {
-        driver,
-        dir,
-        buf_alloc: old.buf_alloc,
-        fwd_cnt: 0,
-    };
-    guest.driver.run();
-    assert_eq!(guest.driver.used(2), [(0, 4)]);
-    assert_eq!(guest.driver.read(BUFFERS, 4), [0; 4]);
-    guest.send(op::RW, ports, b"old");
-    assert_eq!(guest.receive_one().header.op, op::RST);
-    // A connection that came before the guest has dropped the old ones might be dropped with them.
-    let _client = guest.client(1);
-    assert!(guest.receive().is_empty());
-    let avail_event = guest.driver.read(0x3000 + 0xa00 + 4 + 8 * 8, 2);
-    assert_eq!(avail_event, [8, 0], "it asks to be notified");
-    guest.driver.make_available(2, 0);
-    guest.driver.kick(2);
-    let request = guest.receive_one().header;
-    assert_eq!(request.op, op::REQUEST);
-    assert_ne!(request.src_port, ports.0);
 }

@@ -1,0 +1,339 @@
+//! The socket device of a guest that goes on in another process.
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use snapshot_fmt::state::virtio::{VsockPorts, VsockState};
+
+use super::muxer::{BUFFER_SIZE, MAX_CONNECTIONS, MAX_REPLIES};
+use super::packet::op;
+use super::testing::{CID, Guest, LINK, config, read_some};
+use super::{Vsock, VsockConfig, VsockError};
+use crate::devices::virtio::testing::{BUFFERS, FakeDriver, WRITE};
+
+/// The ends of the agent's connection.
+const PORTS: (u32, u32) = (LINK, 77);
+
+/// The guest in another process, and the host's end of what was kept.
+fn restored(old: &Guest) -> (Guest, Option<UnixStream>) {
+    let transport = old.driver.transport.save();
+    let state = old.driver.device.lock().unwrap().save();
+    let dir = tempfile::tempdir().unwrap();
+    let (vsock, host) = Vsock::restore(config(&dir), &state).unwrap();
+    assert_eq!(vsock.save(), state);
+    let driver = FakeDriver::restored(vsock, &old.driver, &transport);
+    assert_eq!(driver.transport.save(), transport);
+    let (buf_alloc, fwd_cnt) = (old.buf_alloc, old.fwd_cnt);
+    let guest = Guest {
+        driver,
+        dir,
+        buf_alloc,
+        fwd_cnt,
+    };
+    if let Some(host) = &host {
+        let patience = Some(Duration::from_secs(5));
+        host.set_read_timeout(patience).unwrap();
+    }
+    (guest, host)
+}
+
+fn post_event_buffers(guest: &mut Guest) {
+    for index in 0..8 {
+        let at = BUFFERS + 8 * u64::from(index);
+        guest.driver.raw_desc(2, index, at, 4, WRITE, 0);
+        guest.driver.make_available(2, index);
+    }
+    guest.driver.kick(2);
+    assert_eq!(guest.driver.used(2), []);
+}
+
+/// A guest whose agent has talked with the host, all of which was read; and the host's end.
+fn linked() -> (Guest, UnixStream) {
+    let mut guest = Guest::new();
+    post_event_buffers(&mut guest);
+    let mut server = guest.connected_from_guest(PORTS);
+    guest.send(op::RW, PORTS, b"hello");
+    assert_eq!(read_some(&mut server), b"hello");
+    server.write_all(b"request").unwrap();
+    assert_eq!(guest.receive_one().data, b"request");
+    guest.fwd_cnt += 3;
+    guest.send(op::CREDIT_UPDATE, PORTS, &[]);
+    guest.driver.set(0x64, 3);
+    (guest, server)
+}
+
+/// The state as it is saved now has no connection to keep, and the guest hears that all are gone.
+fn assert_all_end(mut old: Guest, why: &str) {
+    let (guest, host) = (&mut old, None);
+    let state = guest.driver.device.lock().unwrap().save();
+    assert_eq!((&state.kept, &state.ended), (&host, &vec![]), "{why}");
+    let (mut guest, host) = restored(guest);
+    assert!(host.is_none(), "{why}");
+    guest.driver.run();
+    assert_eq!(guest.driver.used(2), [(0, 4)], "{why}");
+}
+
+#[test]
+fn the_agents_connection_goes_on_unnoticed() {
+    let (old, mut old_server) = linked();
+    let (mut guest, host) = restored(&old);
+    let mut host = host.unwrap();
+    assert!(guest.receive().is_empty());
+    assert_eq!(guest.driver.used(2), []);
+    assert_eq!(guest.driver.irq.count(), 0);
+
+    guest.send(op::RW, PORTS, b"world");
+    assert_eq!(read_some(&mut host), b"world");
+    host.write_all(b"more").unwrap();
+    let packet = guest.receive_one();
+    assert_eq!(packet.data, b"more");
+    // Five bytes before, five after.
+    assert_eq!(packet.header.fwd_cnt, 10);
+    assert_eq!(packet.header.buf_alloc, BUFFER_SIZE);
+    assert_eq!(
+        (packet.header.src_port, packet.header.dst_port),
+        (PORTS.0, PORTS.1)
+    );
+    // New connections are possible at once, and the old one still ends as it should.
+    let (ports, _client) = guest.connected_from_host(1);
+    assert_ne!(ports, PORTS);
+    drop(host);
+    assert_eq!(guest.receive_one().header.op, op::SHUTDOWN);
+    // The connection in the guest that was saved is another.
+    old_server.write_all(b"still").unwrap();
+    let state = old.driver.device.lock().unwrap().save();
+    assert_eq!(state.kept, None);
+}
+
+#[test]
+fn the_guests_credit_holds_on() {
+    let (mut old, _server) = linked();
+    // Of seven bytes it has dealt with three: four are on the way, and there is room for two more.
+    old.buf_alloc = 6;
+    old.send(op::CREDIT_UPDATE, PORTS, &[]);
+    let (mut guest, host) = restored(&old);
+    let mut host = host.unwrap();
+    host.write_all(b"abcdef").unwrap();
+    let packets = guest.receive();
+    assert_eq!(packets[0].data, b"ab");
+    assert_eq!(packets[1].header.op, op::CREDIT_REQUEST);
+    guest.fwd_cnt = 9;
+    guest.send(op::CREDIT_UPDATE, PORTS, &[]);
+    assert_eq!(guest.receive_one().data, b"cdef");
+}
+
+#[test]
+fn our_credit_holds_on() {
+    let (mut guest, mut host) = linked();
+    // It is told of in halves, and the first half is partly from before.
+    guest.driver.set(0x64, 3);
+    let chunk = vec![1; 60_000];
+    guest.send(op::RW, PORTS, &chunk);
+    let mut got = 0;
+    while got < chunk.len() {
+        got += read_some(&mut host).len();
+    }
+    let (mut guest, host) = restored(&guest);
+    let mut host = host.unwrap();
+    let mut told = None;
+    for n in 2..4 {
+        guest.send(op::RW, PORTS, &chunk);
+        let mut got = 0;
+        while got < chunk.len() {
+            guest.driver.run();
+            got += read_some(&mut host).len();
+        }
+        if let Some(packet) = guest.receive().first() {
+            told.get_or_insert((n, packet.header.op, packet.header.fwd_cnt));
+        }
+    }
+    // The agent's last packet from us told of its first five bytes.
+    assert_eq!(told, Some((3, op::CREDIT_UPDATE, 180_005)));
+}
+
+#[test]
+fn other_connections_end_one_by_one() {
+    let (mut old, _server) = linked();
+    old.fwd_cnt = 0;
+    let (first, mut first_client) = old.connected_from_host(1);
+    let second = (9000, 5);
+    let _second_server = old.connected_from_guest(second);
+    // One that waits for the guest's answer, too.
+    let _asking = old.client(3);
+    let third = old.receive_one().header;
+    let third = (third.src_port, third.dst_port);
+
+    let (mut guest, host) = restored(&old);
+    let mut host = host.unwrap();
+    let packets = guest.receive();
+    assert!(
+        packets.iter().all(|p| p.header.op == op::RST),
+        "{packets:?}"
+    );
+    let mut ends: Vec<_> = packets
+        .iter()
+        .map(|p| (p.header.src_port, p.header.dst_port))
+        .collect();
+    ends.sort_unstable();
+    let mut want = [first, second, third];
+    want.sort_unstable();
+    assert_eq!(ends, want);
+    assert_eq!(guest.driver.used(2), []);
+    // What the guest says of them before it knows is refused, and what it says to the agent's end is heard.
+    guest.send(op::RW, first, b"late");
+    guest.send(op::RESPONSE, third, &[]);
+    let packets = guest.receive();
+    assert!(packets.iter().all(|p| p.header.op == op::RST) && packets.len() == 2);
+    guest.send(op::RW, PORTS, b"here");
+    assert_eq!(read_some(&mut host), b"here");
+    // The guest that was saved goes on with all of them.
+    old.send(op::RW, first, b"still");
+    assert_eq!(read_some(&mut first_client), b"still");
+}
+
+#[test]
+fn packets_that_the_guest_had_queued_belong_to_the_kept_connection() {
+    let (mut old, mut server) = linked();
+    let state = old.driver.device.lock().unwrap().save();
+    let transport = old.driver.transport.save();
+    // The device has not seen this one when it is saved; its notification is lost with the old machine.
+    old.send(op::RW, PORTS, b"queued");
+    assert_eq!(read_some(&mut server), b"queued");
+    let dir = tempfile::tempdir().unwrap();
+    let (vsock, host) = Vsock::restore(config(&dir), &state).unwrap();
+    let mut host = host.unwrap();
+    let mut driver = FakeDriver::restored(vsock, &old.driver, &transport);
+    driver.run();
+    assert_eq!(read_some(&mut host), b"queued");
+}
+
+#[test]
+fn nothing_is_kept_while_anything_is_on_its_way() {
+    let (mut guest, _server) = linked();
+    guest.send(op::RW, PORTS, b"unread");
+    assert_all_end(guest, "the host has not read");
+
+    let (guest, mut server) = linked();
+    server.write_all(b"unread").unwrap();
+    assert_all_end(guest, "the guest has not read");
+
+    let (guest, server) = linked();
+    drop(server);
+    assert_all_end(guest, "the host hangs up");
+
+    let (mut guest, server) = linked();
+    server.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(guest.receive_one().header.op, op::SHUTDOWN);
+    assert_all_end(guest, "the host has ended its direction");
+
+    let (mut guest, _server) = linked();
+    guest.shut_down(PORTS, super::packet::SHUTDOWN_SEND);
+    assert_all_end(guest, "the guest has ended its direction");
+
+    let mut guest = Guest::without_buffers();
+    post_event_buffers(&mut guest);
+    let _listener = guest.listen(LINK);
+    guest.send(op::REQUEST, PORTS, &[]);
+    assert_all_end(guest, "the guest waits for the answer");
+
+    let (mut guest, _server) = linked();
+    guest.fwd_cnt = 0;
+    std::fs::remove_file(guest.dir.path().join(format!("vsock_{LINK}"))).unwrap();
+    let _second = guest.connected_from_guest((LINK, 78));
+    assert_all_end(guest, "two connections claim to be the agent's");
+
+    let mut guest = Guest::new();
+    post_event_buffers(&mut guest);
+    let _client = guest.connected_from_host(1);
+    assert_all_end(guest, "there is none");
+}
+
+#[test]
+fn another_context_id_ends_all() {
+    let (old, _server) = linked();
+    let state = old.driver.device.lock().unwrap().save();
+    assert!(state.kept.is_some());
+    let dir = tempfile::tempdir().unwrap();
+    let cid = CID + 1;
+    let config = VsockConfig {
+        cid,
+        ..config(&dir)
+    };
+    let (vsock, host) = Vsock::restore(config, &state).unwrap();
+    assert!(host.is_none());
+    let mut driver = FakeDriver::restored(vsock, &old.driver, &old.driver.transport.save());
+    driver.run();
+    assert_eq!(driver.used(2), [(0, 4)]);
+}
+
+#[test]
+fn hostile_states_are_refused_or_harmless() {
+    fn bend(f: impl FnOnce(&mut VsockState)) -> Result<(), VsockError> {
+        let (old, _server) = linked();
+        let mut state = old.driver.device.lock().unwrap().save();
+        f(&mut state);
+        let dir = tempfile::tempdir().unwrap();
+        let (vsock, host) = Vsock::restore(config(&dir), &state)?;
+        let mut driver = FakeDriver::restored(vsock, &old.driver, &old.driver.transport.save());
+        let mut guest_end = host.unwrap();
+        guest_end.write_all(&[1; 100_000]).unwrap();
+        driver.run();
+        assert!(!driver.needs_reset());
+        driver.restart();
+        assert_eq!(read_some(&mut guest_end), b"");
+        Ok(())
+    }
+    let ports = VsockPorts { host: 1, guest: 2 };
+    bend(|_| {}).unwrap();
+    for f in [
+        |s: &mut VsockState| s.kept.as_mut().unwrap().ports.host = 1 << 30,
+        |s: &mut VsockState| s.kept.as_mut().unwrap().buf_alloc = BUFFER_SIZE + 1,
+        |s: &mut VsockState| s.ended.push(s.kept.as_ref().unwrap().ports),
+    ] {
+        assert!(matches!(bend(f), Err(VsockError::Saved(_))));
+    }
+    let too_many = vec![ports; MAX_CONNECTIONS + MAX_REPLIES + 1];
+    let error = bend(|s| s.ended = too_many).err();
+    assert!(matches!(error, Some(VsockError::Saved(_))));
+    // Numbers that only the guest's own connection hangs on.
+    for number in [0, 1, 1 << 31, u32::MAX] {
+        bend(|s| {
+            let kept = s.kept.as_mut().unwrap();
+            kept.ports.guest = number;
+            kept.buf_alloc = number.min(BUFFER_SIZE);
+            (kept.forwarded, kept.forwarded_told) = (number, !number);
+            (kept.sent, kept.peer_fwd_cnt) = (!number, number);
+            kept.peer_buf_alloc = number;
+            s.ended = vec![ports; MAX_CONNECTIONS + MAX_REPLIES];
+            s.next_host_port = number;
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn a_guest_without_a_link_drops_its_connections_before_it_gets_new_ones() {
+    let mut old = Guest::new();
+    let (ports, _client) = old.connected_from_host(1);
+    post_event_buffers(&mut old);
+    old.driver.write(BUFFERS, &[0xff; 4]);
+
+    let (mut guest, _) = restored(&old);
+    guest.driver.run();
+    assert_eq!(guest.driver.used(2), [(0, 4)]);
+    assert_eq!(guest.driver.read(BUFFERS, 4), [0; 4]);
+    guest.send(op::RW, ports, b"old");
+    assert_eq!(guest.receive_one().header.op, op::RST);
+    // A connection that came before the guest has dropped the old ones might be dropped with them.
+    let _client = guest.client(1);
+    assert!(guest.receive().is_empty());
+    let avail_event = guest.driver.read(0x3000 + 0xa00 + 4 + 8 * 8, 2);
+    assert_eq!(avail_event, [8, 0], "it asks to be notified");
+    guest.driver.make_available(2, 0);
+    guest.driver.kick(2);
+    let request = guest.receive_one().header;
+    assert_eq!(request.op, op::REQUEST);
+    assert_ne!(request.src_port, ports.0);
+}
