@@ -4,6 +4,7 @@
 //! digests, so an id stands for everything that a restored VM is made of. The first three lines are always
 //! those that [`Manifest::seal`] writes, so that format and id can be read before anything else is understood.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 
@@ -50,6 +51,9 @@ pub struct Manifest {
     pub parent: Option<Digest>,
     /// The VM.
     pub machine: Machine,
+    /// How programs are run in it where nobody says otherwise.
+    #[serde(default, skip_serializing_if = "Programs::is_default")]
+    pub programs: Programs,
     /// The processor that the VM ran on.
     pub cpu: CpuFingerprint,
     /// The interpreter that waits in it.
@@ -113,6 +117,26 @@ pub struct Drive {
     /// What it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<Digest>,
+}
+
+/// How programs are run.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Programs {
+    /// Variables of every program's environment.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// The directory that they start in; absent for the agent's choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
+    /// Who runs them; absent for the agent's choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+}
+
+impl Programs {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What a processor is and can do.

@@ -196,6 +196,9 @@ pub fn build(
     devices.connect(&vm)?;
     timings.mark("devices connected");
     if let Some(state) = saved {
+        for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
+            vcpu::state::restore_msrs(vcpu, state)?;
+        }
         platform::restore_clock(&vm, &state.platform)?;
     }
     let context = VcpuContext {

@@ -88,6 +88,7 @@ pub struct Parts {
 /// The pager outlives whoever may wait for a page.
 pub struct Machine {
     vcpus: Vec<VcpuThread>,
+    software: bool,
     state: Mutex<RunState>,
     event_loop: EventLoop,
     devices: LiveDevices,
@@ -116,6 +117,7 @@ impl Machine {
             console,
         } = parts;
         let exit = context.exit.clone();
+        let software = context.software;
         let event_loop = EventLoop::start(subscribers, exit.clone())?;
         let vcpus = (0u8..)
             .zip(vcpus)
@@ -131,6 +133,7 @@ impl Machine {
             .collect::<io::Result<_>>()?;
         Ok(Self {
             vcpus,
+            software,
             state: Mutex::new(RunState::Running),
             event_loop,
             devices,
@@ -209,7 +212,7 @@ impl Machine {
     /// Stops everything, and has `during` see the state of this moment, in which memory stands still as well; then goes on,
     /// unless the machine was paused before. Nobody else pauses or resumes it meanwhile.
     pub fn freeze<T>(&self, during: impl FnOnce(MachineState) -> T) -> Result<T, SaveError> {
-        let context = SaveContext::new(&kvm::open()?)?;
+        let context = SaveContext::new(&kvm::open()?, self.cpus(), self.software)?;
         let mut state = self.lock();
         let before = *state;
         let result = self.frozen(&mut state, &context, during);
@@ -236,16 +239,19 @@ impl Machine {
         }))
     }
 
+    fn cpus(&self) -> u8 {
+        u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX)
+    }
+
     fn save_vcpus(&self, context: &SaveContext) -> Result<Vec<VcpuState>, SaveError> {
-        let answers: Vec<_> = self
-            .vcpus
-            .iter()
-            .map(|vcpu| {
+        let answers: Vec<_> = (0..)
+            .zip(&self.vcpus)
+            .map(|(id, vcpu)| {
                 let (sender, answer) = sync_channel(1);
                 let context = context.clone();
                 vcpu.when_paused(move |vcpu| {
                     // Nobody waits any more only where saving has failed elsewhere.
-                    let _ = sender.send(state::save(vcpu, &context));
+                    let _ = sender.send(state::save(vcpu, id, &context));
                 });
                 answer
             })

@@ -7,14 +7,20 @@ use std::time::Instant;
 use super::vm_args::{installed_image, installed_kernel};
 use super::vm_spec::VmSpec;
 use super::{CliError, ending_status};
+use crate::builder::{self, Origin};
 use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
+use crate::control::snapshot::Parent;
 use crate::host;
 use crate::kvm::install_kick_handler;
 use crate::machine::Machine;
+use crate::pager::Pages;
 use crate::sandbox::{SandboxDir, SandboxPaths};
+use crate::snapshot::restore::Saved;
 use crate::supervisor::{Signals, Supervisor};
+use crate::timings::Timings;
 
 /// The files that a VM boots from, each known to be there.
+#[derive(Clone)]
 pub struct BootFiles {
     /// The kernel.
     pub kernel: PathBuf,
@@ -29,6 +35,76 @@ impl BootFiles {
             kernel: installed_kernel(vm.kernel.as_deref())?,
             image: Some(installed_image(vm.image.as_deref())?),
         })
+    }
+}
+
+/// What a machine begins with.
+pub enum Source {
+    /// A kernel and an image.
+    Boot(BootFiles),
+    /// A snapshot.
+    Saved(Box<Saved>),
+}
+
+impl Source {
+    /// What the machine's first snapshot is a difference to.
+    pub fn parent(&self) -> Option<Parent> {
+        match self {
+            Self::Boot(_) => None,
+            Self::Saved(saved) => Some(Parent {
+                id: saved.manifest.id,
+                chain: Arc::clone(&saved.chain),
+            }),
+        }
+    }
+}
+
+/// A machine to be made, and what its user wants of it.
+pub struct Launch {
+    /// What is wanted. Of a snapshot's machine, only what does not concern the machine counts.
+    pub spec: VmSpec,
+    /// What it begins with.
+    pub source: Source,
+}
+
+impl Launch {
+    /// The machine's configuration in a sandbox.
+    pub fn config(
+        &self,
+        paths: &SandboxPaths,
+        console: ConsoleConfig,
+    ) -> Result<VmConfig, CliError> {
+        match &self.source {
+            Source::Boot(files) => {
+                Ok(self
+                    .spec
+                    .machine_config(files.clone(), Some(paths), console))
+            }
+            Source::Saved(saved) => saved
+                .config(Some(vsock(paths)), console)
+                .map_err(|error| CliError::BadInput(error.to_string())),
+        }
+    }
+
+    /// Makes the machine, and lets it run.
+    pub fn build(&self, config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, CliError> {
+        let origin = match &self.source {
+            Source::Boot(_) => Origin::Boot,
+            Source::Saved(saved) => Origin::Saved {
+                state: &saved.state,
+                pages: Pages {
+                    chain: Arc::clone(&saved.chain),
+                },
+            },
+        };
+        Ok(builder::build(config, origin, timings)?)
+    }
+}
+
+fn vsock(paths: &SandboxPaths) -> VsockConfig {
+    VsockConfig {
+        cid: GUEST_CID,
+        socket: paths.vsock_socket(),
     }
 }
 
@@ -55,10 +131,7 @@ impl VmSpec {
             kernel: files.kernel,
             cmdline: self.cmdline.clone(),
             drives: self.drives(files.image),
-            vsock: sandbox.map(|paths| VsockConfig {
-                cid: GUEST_CID,
-                socket: paths.vsock_socket(),
-            }),
+            vsock: sandbox.map(vsock),
             console,
         }
     }

@@ -86,7 +86,7 @@ impl Names {
 }
 
 /// Refuses what has no API.
-fn living(sandbox: &Sandbox) -> Result<(), CliError> {
+pub fn living(sandbox: &Sandbox) -> Result<(), CliError> {
     let name = &sandbox.record.name;
     if !sandbox.alive {
         return Err(CliError::BadInput(format!(
@@ -108,7 +108,7 @@ fn post(sandbox: &Sandbox, path: &str) -> Result<(), CliError> {
     answer.map(drop).map_err(|error| failed(sandbox, &error))
 }
 
-fn failed(sandbox: &Sandbox, error: &ClientError) -> CliError {
+pub fn failed(sandbox: &Sandbox, error: &ClientError) -> CliError {
     CliError::Monitor(format!("{}: {error}", sandbox.record.name))
 }
 

@@ -6,6 +6,7 @@
 mod boot;
 mod completions;
 mod cp;
+mod detached;
 mod doctor;
 mod exec;
 mod inspect;
@@ -16,7 +17,9 @@ mod ls;
 mod man;
 mod program;
 mod ready;
+mod restore;
 mod run;
+mod snapshot;
 mod start;
 mod terminal;
 mod usage;
@@ -71,6 +74,8 @@ struct Cli {
 enum Command {
     Run(run::RunArgs),
     Start(start::StartArgs),
+    Restore(restore::RestoreArgs),
+    Snapshot(snapshot::SnapshotArgs),
     Exec(exec::ExecArgs),
     Cp(cp::CpArgs),
     Logs(logs::LogsArgs),
@@ -255,6 +260,8 @@ pub fn main(start: Instant) -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => run::run(&args, start),
         Command::Start(args) => start::start(&args, start),
+        Command::Restore(args) => restore::restore(&args, start),
+        Command::Snapshot(args) => snapshot::snapshot(&args),
         Command::Exec(args) => exec::exec(&args),
         Command::Cp(args) => cp::cp(&args),
         Command::Logs(args) => logs::logs(&args),

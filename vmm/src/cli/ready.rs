@@ -4,6 +4,7 @@ use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use super::CliError;
+use super::launch::Source;
 use crate::agent::{AGENT_PORT, Agent, AgentError};
 use crate::machine::Machine;
 use crate::sandbox::SandboxPaths;
@@ -58,8 +59,20 @@ impl Boot<'_> {
         }
     }
 
+    /// The agent of a machine that has just been made, ready for work. The watch shuts its connection when something cuts the
+    /// work short.
+    pub fn agent(&self, ready: UnixListener, source: &Source) -> Result<(Agent, Watch), CliError> {
+        match source {
+            Source::Boot(_) => self.wait_for_agent(ready),
+            Source::Saved(_) => {
+                drop(self.machine.take_agent_link());
+                self.wait_for_agent(ready)
+            }
+        }
+    }
+
     /// Waits for the agent's call. The watch shuts its connection when something cuts the work short.
-    pub fn wait_for_agent(&self, ready: UnixListener) -> Result<(Agent, Watch), CliError> {
+    fn wait_for_agent(&self, ready: UnixListener) -> Result<(Agent, Watch), CliError> {
         let deadline = self.start + BOOT_DEADLINE;
         let own = self.supervisor.deadline;
         let stream = match self.supervisor.accept(&ready, deadline) {

@@ -9,12 +9,11 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use super::CliError;
-use super::launch::{BootFiles, become_monitor};
+use super::launch::{BootFiles, Launch, Source, become_monitor};
 use super::program::{ProgramArgs, Work, failed, perform};
 use super::ready::{Boot, listen_for_agent};
 use super::vm_args::VmArgs;
 use crate::agent::{Agent, AgentError, ShutdownMode};
-use crate::builder::{self, Origin};
 use crate::config::ConsoleConfig;
 use crate::exit::ExitReason;
 use crate::logger::complain;
@@ -45,6 +44,8 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
     let work = args
         .program
         .work(&vm.env, vm.cwd.as_deref(), vm.user.as_deref())?;
+    let source = Source::Boot(files);
+    let launch = Launch { spec: vm, source };
     let signals = become_monitor()?;
 
     let sandbox =
@@ -55,9 +56,11 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         Some(path) if path.as_os_str() == "-" => ConsoleConfig::Stderr,
         Some(path) => ConsoleConfig::File(path.to_owned()),
     };
-    let config = vm.machine_config(files, Some(sandbox.paths()), console);
-    let machine = builder::build(&config, Origin::Boot, &timings)?;
-    let supervisor = vm.supervisor(&machine, signals, start, Some(&sandbox));
+    let config = launch.config(sandbox.paths(), console)?;
+    let machine = launch.build(&config, &timings)?;
+    let supervisor = launch
+        .spec
+        .supervisor(&machine, signals, start, Some(&sandbox));
     let writable = config.drives.iter().any(|drive| !drive.read_only);
     let boot = Boot {
         machine: &machine,
@@ -65,7 +68,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         start,
         timings: &timings,
     };
-    let result = work_in(&boot, ready, work, writable);
+    let result = work_in(&boot, ready, &launch.source, work, writable);
     timings.mark("program ended");
     let status = result
         .as_ref()
@@ -84,10 +87,11 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
 fn work_in(
     boot: &Boot<'_>,
     ready: UnixListener,
+    source: &Source,
     work: Work,
     writable: bool,
 ) -> Result<u8, CliError> {
-    let (agent, watch) = boot.wait_for_agent(ready)?;
+    let (agent, watch) = boot.agent(ready, source)?;
     let error = match perform(&agent, work, false) {
         // Done is done, even where the time was over just then.
         Ok(ended) => {

@@ -1,40 +1,13 @@
 //! `vmm start`: a sandbox that lives on by itself, until `vmm stop`, its time, or its guest ends it.
-//!
-//! The command starts itself a second time as the sandbox's monitor, which says on its standard output when the guest is ready,
-//! and then leaves the terminal. Until then both belong to the same process group: an interrupt ends them both.
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, BufRead, BufReader, IsTerminal, Write};
-use std::os::unix::net::UnixListener;
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Args;
 
-use super::launch::{BootFiles, become_monitor};
-use super::ready::{Boot, listen_for_agent};
+use super::CliError;
+use super::detached::{self, DetachedArgs};
+use super::launch::{BootFiles, Launch, Source};
 use super::vm_args::VmArgs;
-use super::vm_spec::VmSpec;
-use super::{CliError, ending_status, print};
-use crate::agent::Agent;
-use crate::builder::{self, Origin};
-use crate::config::{ConsoleConfig, VmConfig};
-use crate::control::routes::Control;
-use crate::control::server::Server;
-use crate::exit::ExitReason;
-use crate::machine::Machine;
-use crate::sandbox::SandboxDir;
-use crate::sandbox::record::{ExitRecord, Record, now};
-use crate::supervisor::{Ending, end_by_force};
-use crate::timings::Timings;
-
-/// How long a guest may take to end where its monitor is told to end by a signal.
-const SIGNAL_PATIENCE: Duration = Duration::from_secs(10);
-/// How long the last requests may take to be answered.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Start a sandbox that lives on by itself, and print its name once its guest is ready
 #[derive(Debug, Args)]
@@ -44,191 +17,18 @@ pub struct StartArgs {
     name: Option<String>,
     #[command(flatten)]
     vm: VmArgs,
-    /// Give it a label to be told apart by
-    #[arg(short, long, value_name = "KEY=VALUE", value_parser = label)]
-    label: Vec<(String, String)>,
-    /// Print JSON: what `vmm inspect` prints
-    #[arg(long)]
-    json: bool,
-    /// Be the monitor
-    #[arg(long, hide = true)]
-    monitor: bool,
-}
-
-fn label(text: &str) -> Result<(String, String), &'static str> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("give KEY=VALUE"),
-    }
+    #[command(flatten)]
+    detached: DetachedArgs,
 }
 
 /// Carries out `vmm start`.
 pub fn start(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
-    if args.monitor {
-        return monitor(args, start);
+    if !args.detached.monitor {
+        return detached::start(&args.detached, "booting");
     }
-    let failed = |error: io::Error| CliError::Monitor(format!("cannot start the monitor: {error}"));
-    let mut words: Vec<_> = std::env::args_os().skip(1).collect();
-    // Directly behind the subcommand, which is the first word.
-    words.insert(1.min(words.len()), "--monitor".into());
-    let mut child = Command::new("/proc/self/exe")
-        .arg0("vmm")
-        .args(words)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(failed)?;
-    let terminal = io::stderr().is_terminal();
-    if terminal {
-        let _ = write!(io::stderr(), "booting\u{2026}");
-    }
-    let mut id = String::new();
-    let read = child
-        .stdout
-        .take()
-        .map_or(Ok(0), |stdout| BufReader::new(stdout).read_line(&mut id));
-    if terminal {
-        let _ = write!(io::stderr(), "\r\u{1b}[K");
-    }
-    if read.map_err(failed)? == 0 {
-        // It has said why.
-        let status = child.wait().map_err(failed)?;
-        let code = status.code().and_then(|code| u8::try_from(code).ok());
-        return code.map_or_else(
-            || {
-                Err(CliError::Monitor(format!(
-                    "the monitor was killed ({status})"
-                )))
-            },
-            Ok,
-        );
-    }
-    if args.json {
-        return super::inspect::show(id.trim());
-    }
-    let found = crate::sandbox::list::find(id.trim());
-    let name = found.map_or_else(|_| id.trim().to_owned(), |sandbox| sandbox.record.name);
-    print((name + "\n").as_bytes())
-}
-
-fn record(sandbox: &SandboxDir, args: &StartArgs, vm: &VmSpec, config: &VmConfig) -> Record {
-    let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
-    let mut labels: BTreeMap<_, _> = vm.labels.clone();
-    labels.extend(args.label.iter().cloned());
-    let env = vm.env.iter().map(|var| {
-        let value = String::from_utf8_lossy(&var.value).into_owned();
-        (var.name.clone(), value)
-    });
-    Record {
-        id: sandbox.id().to_owned(),
-        name: sandbox.name().to_owned(),
-        pid: std::process::id(),
-        created: now(),
-        kept: true,
-        cpus: config.cpus,
-        memory_mib: config.memory_mib,
-        kernel: text(&config.kernel),
-        image: config
-            .drives
-            .first()
-            .map_or(String::new(), |drive| text(&drive.path)),
-        labels,
-        env: env.collect(),
-        cwd: vm.cwd.clone(),
-        user: vm.user.clone(),
-    }
-}
-
-/// The sandbox itself.
-fn monitor(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
-    let timings = Arc::new(Timings::since(start));
-    let vm = args.vm.resolve()?;
-    let files = BootFiles::find(&vm)?;
-    let broken = |error: io::Error| CliError::Monitor(error.to_string());
-    let bad = |error: crate::sandbox::SandboxError| CliError::BadInput(error.to_string());
-    let signals = become_monitor()?;
-
-    let name = args.name.as_deref().or(vm.name.as_deref());
-    let mut sandbox = SandboxDir::create(name).map_err(bad)?;
-    let paths = sandbox.paths().clone();
-    let console = ConsoleConfig::Log(paths.console());
-    let config = vm.machine_config(files, Some(&paths), console);
-    let record = record(&sandbox, args, &vm, &config);
-    sandbox.publish(&record).map_err(bad)?;
-    let ready = listen_for_agent(&paths)?;
-    let machine = Arc::new(builder::build(&config, Origin::Boot, &timings)?);
-    let supervisor = vm.supervisor(&machine, signals, start, Some(&sandbox));
-    let boot = Boot {
-        machine: &machine,
-        supervisor: supervisor.clone(),
-        start,
-        timings: &timings,
-    };
-    let agent = ready_agent(&boot, ready)?;
-    let control = Control::new(record, paths.clone(), start, &machine, agent);
-    let control = Arc::new(control);
-    let server = Server::start(&paths.api_socket(), Arc::clone(&control)).map_err(broken)?;
-    if args.vm.timings {
-        let _ = write!(io::stderr(), "{timings}");
-    }
-    leave_terminal(&sandbox).map_err(|error| {
-        CliError::Monitor(format!("nobody waits for the sandbox any more: {error}"))
-    })?;
-
-    let ending = supervisor.wait_for_end();
-    if let Ending::Signal(_) = ending {
-        control.stop(SIGNAL_PATIENCE);
-    }
-    let exit = exit_record(&machine, &ending, control.is_stopping());
-    let status = exit.status;
-    // Before anything can hang: a forced end leaves at least this.
-    let recorded = sandbox.end(&exit);
-    end_by_force(status, None);
-    server.drain(DRAIN_PATIENCE);
-    drop(machine);
-    if let Err(error) = recorded.and_then(|()| sandbox.remove_sockets()) {
-        log::warn!("cannot write down how the sandbox ended: {error}");
-    }
-    Ok(status)
-}
-
-fn ready_agent(boot: &Boot<'_>, ready: UnixListener) -> Result<Agent, CliError> {
-    let (agent, watch) = boot.wait_for_agent(ready)?;
-    match watch.end() {
-        Some(ending) => Err(boot.cut_short(ending)),
-        None => Ok(agent),
-    }
-}
-
-/// Tells who waits that the sandbox is ready, and from then on belongs to nobody. What is logged goes to a file.
-fn leave_terminal(sandbox: &SandboxDir) -> io::Result<()> {
-    // Who started it and did not wait does not want it: this fails where nobody reads.
-    writeln!(io::stdout(), "{}", sandbox.id())?;
-    io::stdout().flush()?;
-    // It fails only for the leader of a process group, which has left its starter's already.
-    let _ = rustix::process::setsid();
-    let null = File::options().read(true).write(true).open("/dev/null")?;
-    rustix::stdio::dup2_stdout(&null)?;
-    let log = File::create(sandbox.path().join("monitor.log"))?;
-    rustix::stdio::dup2_stderr(&log)?;
-    Ok(())
-}
-
-/// How it ended, for those who ask later.
-fn exit_record(machine: &Machine, ending: &Ending, asked: bool) -> ExitRecord {
-    let (status, reason) = match (ending, machine.exit().get()) {
-        (Ending::TimedOut, _) => (
-            ending_status(ending),
-            "its time (--timeout) was over".to_owned(),
-        ),
-        (_, Some(ExitReason::Reset)) if asked => (0, "stopped".to_owned()),
-        (_, Some(reason)) => (super::reason_status(&reason), reason.to_string()),
-        (Ending::Vm(reason), None) => (super::reason_status(reason), reason.to_string()),
-        (Ending::Signal(signal), None) => (ending_status(ending), format!("signal {signal}")),
-    };
-    ExitRecord {
-        status,
-        reason,
-        ended: now(),
-    }
+    let mut spec = args.vm.resolve()?;
+    spec.name = args.name.clone().or(spec.name);
+    spec.labels.extend(args.detached.label.iter().cloned());
+    let source = Source::Boot(BootFiles::find(&spec)?);
+    detached::monitor(Launch { spec, source }, args.vm.timings, start)
 }

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use snapshot_fmt::manifest::Manifest;
+
 use super::CliError;
 use super::vm_args::{DriveArg, ImageAs, VmArgs};
 use crate::agent::EnvVar;
@@ -46,6 +48,30 @@ pub struct VmSpec {
 }
 
 impl VmSpec {
+    /// What is left to say of a machine that a snapshot describes: how programs are run in it.
+    pub fn of_snapshot(manifest: &Manifest) -> Self {
+        let programs = &manifest.programs;
+        let env = programs.env.iter().map(|(name, value)| EnvVar {
+            name: name.clone(),
+            value: value.clone().into_bytes(),
+        });
+        Self {
+            name: None,
+            labels: BTreeMap::new(),
+            cpus: manifest.machine.cpus,
+            memory: 0,
+            kernel: None,
+            image: None,
+            image_interface: DriveInterface::Pmem,
+            extra_drives: Vec::new(),
+            cmdline: String::new(),
+            timeout: None,
+            env: env.collect(),
+            cwd: programs.cwd.clone(),
+            user: programs.user.clone(),
+        }
+    }
+
     /// The guest's disks: the image, if there is one, then the others.
     pub fn drives(&self, image: Option<PathBuf>) -> Vec<DriveConfig> {
         let image = image.map(|path| DriveConfig {

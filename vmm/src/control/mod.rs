@@ -8,4 +8,5 @@ pub mod exec;
 pub mod http;
 pub mod routes;
 pub mod server;
+pub mod snapshot;
 pub mod types;

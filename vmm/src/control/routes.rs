@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::http::{Chunks, Request};
+use super::snapshot::Snapshots;
 use super::types::{ErrorBody, ErrorCode, SandboxView, State, StopRequest, StopView};
 use crate::agent::{AGENT_PORT, Agent, ShutdownMode};
 use crate::console_log::ConsoleReader;
@@ -36,6 +37,7 @@ pub struct Control {
     machine: Weak<Machine>,
     exit: ExitLatch,
     agent: Mutex<Option<Agent>>,
+    snapshots: Snapshots,
     stopping: AtomicBool,
 }
 
@@ -50,11 +52,12 @@ pub enum Reply {
 type Handler = fn(&Control, &Request, &mut UnixStream) -> Result<Reply, ErrorBody>;
 
 /// Methods and paths.
-const ROUTES: [(&str, &str, Handler); 7] = [
+const ROUTES: [(&str, &str, Handler); 8] = [
     ("GET", "/v1/sandbox", sandbox),
     ("POST", "/v1/pause", pause),
     ("POST", "/v1/resume", resume),
     ("POST", "/v1/stop", stop),
+    ("POST", "/v1/snapshot", snapshot),
     ("POST", "/v1/exec", exec),
     ("GET", "/v1/console", console),
     ("GET", "/v1/openapi.json", openapi),
@@ -108,6 +111,7 @@ impl Control {
         start: Instant,
         machine: &Arc<Machine>,
         agent: Agent,
+        snapshots: Snapshots,
     ) -> Self {
         Self {
             record,
@@ -116,6 +120,7 @@ impl Control {
             exit: machine.exit().clone(),
             machine: Arc::downgrade(machine),
             agent: Mutex::new(Some(agent)),
+            snapshots,
             stopping: AtomicBool::new(false),
         }
     }
@@ -242,6 +247,13 @@ fn stop(control: &Control, request: &Request, _: &mut UnixStream) -> Result<Repl
     let patience = Duration::from_millis(deadline_ms.min(86_400_000));
     let forced = control.stop(patience);
     json(&StopView { forced })
+}
+
+fn snapshot(control: &Control, request: &Request, _: &mut UnixStream) -> Result<Reply, ErrorBody> {
+    refuse_while_stopping(control)?;
+    let request = body(request)?;
+    let machine = control.machine()?;
+    json(&control.snapshots.take(&machine, &control.record, request)?)
 }
 
 fn exec(control: &Control, request: &Request, stream: &mut UnixStream) -> Result<Reply, ErrorBody> {

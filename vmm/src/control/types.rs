@@ -77,6 +77,42 @@ pub struct StopView {
     pub forced: bool,
 }
 
+/// What snapshot to take.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SnapshotRequest {
+    /// What to call it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// All of it, where the difference to an earlier one would do.
+    pub full: bool,
+}
+
+/// A snapshot that was taken.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SnapshotView {
+    /// Its id, 64 hexadecimal digits.
+    pub id: String,
+    /// Its name, if it was given one.
+    pub name: Option<String>,
+    /// The id of the snapshot that it is a difference to, if it is one.
+    pub parent: Option<String>,
+    /// What its own files take, in bytes.
+    pub bytes: u64,
+    /// Pages of 4096 bytes that it stores.
+    pub data_pages: u64,
+    /// Pages that became zero.
+    pub zero_pages: u64,
+    /// Microseconds from the beginning until the state of processors and devices was had.
+    pub state_us: u64,
+    /// Until memory was frozen, too.
+    pub freeze_us: u64,
+    /// Until the sandbox ran on: how long it stood still.
+    pub pause_us: u64,
+    /// Until all was on the disk.
+    pub total_us: u64,
+}
+
 /// A program to run.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -1,3 +1,88 @@
-//! Snapshots: a running machine written to a directory while it runs on, and brought back.
+//! Snapshots: a running machine written to a directory while it runs on, and brought back in another process.
+//!
+//! What is on the disk is `snapshot-fmt`'s; where, is the store's. Nothing of the running machine changes by being saved, and a
+//! snapshot that fails leaves nothing behind.
 
+pub mod description;
 pub mod memory_layer;
+pub mod restore;
+pub mod save;
+pub mod store;
+
+use std::io;
+use std::path::PathBuf;
+
+use snapshot_fmt::error::{FormatError, WriteError};
+use thiserror::Error;
+
+use crate::machine::SaveError;
+
+/// File name of a snapshot's state.
+pub const STATE: &str = "state.bin";
+/// File name of a snapshot's memory.
+pub const MEMORY: &str = "memory.layer";
+
+/// Why a snapshot could not be taken, or not be used.
+#[derive(Debug, Error)]
+pub enum SnapshotError {
+    /// The machine would not stand still.
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    /// The guest may write to a disk, whose contents would not be those of the moment.
+    #[error(
+        "{path} is a disk that the guest may write to, and a snapshot does not hold disks: make it read-only, or keep the files in the guest's memory"
+    )]
+    WritableDrive {
+        /// The disk's file.
+        path: PathBuf,
+    },
+    /// A file of it cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// A file of it cannot be made or kept.
+    #[error("{path}: {source}; is there room on the disk?")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Memory cannot be written.
+    #[error("cannot write the guest's memory: {0}; the sandbox runs on, and nothing was kept")]
+    Memory(#[source] io::Error),
+    /// A file of it cannot be read.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The manifest does not name a file that every snapshot has.
+    #[error("{path}: the manifest names no {name}: the snapshot is not whole")]
+    NoFile {
+        /// The snapshot's directory.
+        path: PathBuf,
+        /// The missing file.
+        name: &'static str,
+    },
+    /// It was taken on another kind of processor.
+    #[error(
+        "the snapshot was taken on another processor: {what}; restore it on a host like the one it was made on"
+    )]
+    OtherCpu {
+        /// What differs.
+        what: String,
+    },
+    /// A disk is not what it was.
+    #[error(
+        "{path}: the guest's disk {what} since the snapshot was taken; put the old file back, or take the snapshot anew"
+    )]
+    OtherDrive {
+        /// The disk's file.
+        path: PathBuf,
+        /// What differs.
+        what: String,
+    },
+    /// The manifest describes no machine of this monitor.
+    #[error("the snapshot's description is none of a machine: {what}")]
+    Description {
+        /// What is wrong.
+        what: String,
+    },
+}

@@ -12,6 +12,7 @@ use snapshot_fmt::state::vcpu::{CpuidEntry, VcpuState};
 use thiserror::Error;
 use zerocopy::IntoBytes;
 
+use super::Cpuid;
 use crate::kvm::{self, KvmError, call_failed, structure};
 
 const IA32_TSC: u32 = 0x10;
@@ -54,13 +55,17 @@ pub enum VcpuStateError {
 /// What is the same for every processor of a machine, asked once.
 #[derive(Clone, Debug)]
 pub struct SaveContext {
+    /// What the processors say of themselves. KVM would give what it made of that, which differs with what the guest does.
+    cpuid: Vec<Vec<CpuidEntry>>,
     /// The registers that this KVM can save.
     msrs: Vec<u32>,
 }
 
 impl SaveContext {
-    /// Asks KVM.
-    pub fn new(kvm: &Kvm) -> Result<Self, KvmError> {
+    /// Asks KVM, for a machine of `cpus` processors.
+    pub fn new(kvm: &Kvm, cpus: u8, software: bool) -> Result<Self, KvmError> {
+        let cpuid = Cpuid::new(kvm, cpus, software)?;
+        let entries = |id| cpuid.of(id).iter().map(saved_entry).collect();
         let list = kvm
             .get_msr_index_list()
             .map_err(call_failed("KVM_GET_MSR_INDEX_LIST"))?;
@@ -71,12 +76,15 @@ impl SaveContext {
             IA32_TSC_DEADLINE => (2, 0),
             other => (1, other),
         });
-        Ok(Self { msrs })
+        Ok(Self {
+            cpuid: (0..cpus).map(entries).collect(),
+            msrs,
+        })
     }
 }
 
-/// Everything about a processor that is outside the guest.
-pub fn save(vcpu: &VcpuFd, context: &SaveContext) -> Result<VcpuState, VcpuStateError> {
+/// Everything about the processor `id` that is outside the guest.
+pub fn save(vcpu: &VcpuFd, id: u8, context: &SaveContext) -> Result<VcpuState, VcpuStateError> {
     let mp_state = vcpu
         .get_mp_state()
         .map_err(call_failed("KVM_GET_MP_STATE"))?;
@@ -92,11 +100,12 @@ pub fn save(vcpu: &VcpuFd, context: &SaveContext) -> Result<VcpuState, VcpuState
     let events = vcpu
         .get_vcpu_events()
         .map_err(call_failed("KVM_GET_VCPU_EVENTS"))?;
-    let cpuid = vcpu
-        .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-        .map_err(call_failed("KVM_GET_CPUID2"))?;
     Ok(VcpuState {
-        cpuid: cpuid.as_slice().iter().map(saved_entry).collect(),
+        cpuid: context
+            .cpuid
+            .get(usize::from(id))
+            .cloned()
+            .unwrap_or_default(),
         // Where KVM cannot say, the guest measures for itself and nothing can be scaled.
         tsc_khz: vcpu.get_tsc_khz().unwrap_or(0),
         regs: regs.as_bytes().to_vec(),
@@ -111,7 +120,7 @@ pub fn save(vcpu: &VcpuFd, context: &SaveContext) -> Result<VcpuState, VcpuState
     })
 }
 
-/// Gives a new processor the saved state. `host` is what its CPUID would be for a new machine here; the guest has seen the saved
+/// Gives a new processor the saved state, all but its model-specific registers. `host` is what its CPUID would be for a new machine here; the guest has seen the saved
 /// one, so both must agree.
 pub fn restore(
     vcpu: &VcpuFd,
@@ -138,7 +147,6 @@ pub fn restore(
         .map_err(call_failed("KVM_SET_DEBUGREGS"))?;
     vcpu.set_lapic(&structure("kvm_lapic_state", &state.lapic)?)
         .map_err(call_failed("KVM_SET_LAPIC"))?;
-    set_msrs(vcpu, &state.msrs)?;
     vcpu.set_vcpu_events(&structure("kvm_vcpu_events", &state.events)?)
         .map_err(call_failed("KVM_SET_VCPU_EVENTS"))?;
     Ok(())
@@ -175,6 +183,12 @@ fn check_cpuid(saved: &[CpuidEntry], host: &[kvm_cpuid_entry2]) -> Result<(), Vc
             saved: text(saved, entry),
         }),
     }
+}
+
+/// Restores the model-specific registers. Some hold addresses of guest memory, which KVM has to know by now; and the timer runs from
+/// here on.
+pub fn restore_msrs(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
+    set_msrs(vcpu, &state.msrs)
 }
 
 /// KVM stops at the first register that it cannot read: some of its list need a feature that the guest has not.

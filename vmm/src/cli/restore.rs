@@ -1,0 +1,58 @@
+//! `vmm restore`: a sandbox that goes on where a snapshot was taken.
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+
+use super::CliError;
+use super::detached::{self, DetachedArgs};
+use super::launch::{Launch, Source};
+use super::vm_spec::VmSpec;
+use crate::sizes::duration;
+use crate::snapshot::SnapshotError;
+use crate::snapshot::restore::Saved;
+use crate::snapshot::store::Store;
+
+/// Start a sandbox that goes on where a snapshot was taken, and print its name
+///
+/// Any number may go on from one snapshot, at once.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// The snapshot: its name, or the beginning of its id
+    #[arg(value_name = "SNAPSHOT")]
+    snapshot: String,
+    /// What to call the sandbox [default: its id]
+    #[arg(value_name = "NAME")]
+    name: Option<String>,
+    /// End it after this time
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    timeout: Option<Duration>,
+    /// Print when each step was done to standard error
+    #[arg(long)]
+    timings: bool,
+    #[command(flatten)]
+    detached: DetachedArgs,
+}
+
+/// Carries out `vmm restore`.
+pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
+    if !args.detached.monitor {
+        return detached::start(&args.detached, "restoring");
+    }
+    let saved = open(&args.snapshot).map_err(|error| CliError::BadInput(error.to_string()))?;
+    let spec = VmSpec {
+        name: args.name.clone(),
+        labels: args.detached.label.iter().cloned().collect(),
+        timeout: args.timeout,
+        ..VmSpec::of_snapshot(&saved.manifest)
+    };
+    let source = Source::Saved(Box::new(saved));
+    detached::monitor(Launch { spec, source }, args.timings, start)
+}
+
+fn open(reference: &str) -> Result<Saved, SnapshotError> {
+    let store = Store::open()?;
+    let (dir, manifest) = store.find(reference)?;
+    let chain = store.open_chain(&manifest)?;
+    Saved::open(&dir, manifest, chain)
+}

@@ -1,0 +1,67 @@
+//! `vmm snapshot`: saves a sandbox while it runs on.
+
+use std::io::Write;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::lifecycle::{failed, living};
+use super::{CliError, find_failed, print, print_json};
+use crate::control::client::ask;
+use crate::control::types::{SnapshotRequest, SnapshotView};
+use crate::sandbox::list::find;
+
+/// How long a snapshot may take. Writing tens of GiB to a slow disk takes minutes.
+const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// Save a sandbox while it runs on, and print the snapshot's id
+///
+/// What is saved is the difference to the snapshot that the sandbox was restored from, or to the last one taken of it.
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    /// The sandbox: its name, or the beginning of its id
+    #[arg(value_name = "SANDBOX")]
+    sandbox: String,
+    /// What to call the snapshot [default: its id alone]
+    #[arg(value_name = "NAME")]
+    name: Option<String>,
+    /// Save all of it, so that it needs no other snapshot
+    #[arg(long)]
+    full: bool,
+    /// Print JSON: what was saved, and how long it took
+    #[arg(long, conflicts_with = "timings")]
+    json: bool,
+    /// Print what took how long to standard error
+    #[arg(long)]
+    timings: bool,
+}
+
+/// Carries out `vmm snapshot`.
+pub fn snapshot(args: &SnapshotArgs) -> Result<u8, CliError> {
+    let sandbox = find(&args.sandbox).map_err(find_failed)?;
+    living(&sandbox)?;
+    let request = SnapshotRequest {
+        name: args.name.clone(),
+        full: args.full,
+    };
+    let socket = sandbox.paths.api_socket();
+    let view: SnapshotView = ask(&socket, "POST", "/v1/snapshot", &request, PATIENCE)
+        .map_err(|error| failed(&sandbox, &error))?;
+    if args.json {
+        return print_json(&view);
+    }
+    if args.timings {
+        let ms = |us: u64| us as f64 / 1e3;
+        let _ = write!(
+            std::io::stderr(),
+            "{:10.2} ms  state had\n{:10.2} ms  memory frozen\n{:10.2} ms  running again\n{:10.2} ms  written: {} pages, {} bytes\n",
+            ms(view.state_us),
+            ms(view.freeze_us),
+            ms(view.pause_us),
+            ms(view.total_us),
+            view.data_pages,
+            view.bytes
+        );
+    }
+    print((view.id + "\n").as_bytes())
+}

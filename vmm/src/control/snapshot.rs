@@ -1,0 +1,110 @@
+//! `POST /v1/snapshot`: saves the sandbox while it runs on.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use snapshot_fmt::chain::Chain;
+use snapshot_fmt::digest::Digest;
+use snapshot_fmt::manifest::{Manifest, Programs};
+
+use super::types::{ErrorBody, ErrorCode, SnapshotRequest, SnapshotView};
+use crate::config::VmConfig;
+use crate::machine::Machine;
+use crate::sandbox::record::{Record, now};
+use crate::snapshot::SnapshotError;
+use crate::snapshot::description::{cpu, describe};
+use crate::snapshot::save::save;
+use crate::snapshot::store::Store;
+
+/// What a sandbox's next snapshot is a difference to: the one that it was restored from, or the last that was taken.
+pub struct Parent {
+    /// Which.
+    pub id: Digest,
+    /// Its memory.
+    pub chain: Arc<Chain>,
+}
+
+/// A sandbox's snapshots: one at a time.
+pub struct Snapshots {
+    config: VmConfig,
+    parent: Mutex<Option<Parent>>,
+}
+
+impl Snapshots {
+    /// For the machine of `config`, which goes on from `parent`, if it was restored.
+    pub fn new(config: VmConfig, parent: Option<Parent>) -> Self {
+        Self {
+            config,
+            parent: Mutex::new(parent),
+        }
+    }
+
+    /// Takes one. Others wait.
+    pub fn take(
+        &self,
+        machine: &Machine,
+        record: &Record,
+        request: SnapshotRequest,
+    ) -> Result<SnapshotView, ErrorBody> {
+        self.try_take(machine, record, request)
+            .map_err(|error| ErrorBody::new(code(&error), error.to_string()))
+    }
+
+    fn try_take(
+        &self,
+        machine: &Machine,
+        record: &Record,
+        request: SnapshotRequest,
+    ) -> Result<SnapshotView, SnapshotError> {
+        let described = describe(&self.config)?;
+        let store = Store::open()?;
+        let mut parent = self.parent.lock().unwrap_or_else(PoisonError::into_inner);
+        let base = parent.as_ref().filter(|_| !request.full);
+        let draft = store.begin()?;
+        let written = save(machine, draft.path(), base.map(|parent| &*parent.chain))?;
+        let manifest = Manifest {
+            format: 0,
+            id: Digest([0; 32]),
+            name: request.name,
+            created: now(),
+            software: concat!("bough-vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
+            parent: base.map(|parent| parent.id),
+            machine: described,
+            programs: Programs {
+                env: record.env.clone(),
+                cwd: record.cwd.clone(),
+                user: record.user.clone(),
+            },
+            cpu: cpu(),
+            warm: None,
+            files: written.files,
+        };
+        let manifest = draft.publish(manifest)?;
+        let chain = Arc::new(store.open_chain(&manifest)?);
+        *parent = Some(Parent {
+            id: manifest.id,
+            chain,
+        });
+        let (memory, times) = (written.memory, written.times);
+        let micros =
+            |time: std::time::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Ok(SnapshotView {
+            id: manifest.id.to_string(),
+            name: manifest.name,
+            parent: manifest.parent.map(|id| id.to_string()),
+            bytes: manifest.files.iter().map(|file| file.bytes).sum(),
+            data_pages: memory.data_pages,
+            zero_pages: memory.zero_pages,
+            state_us: micros(times.state),
+            freeze_us: micros(times.freeze),
+            pause_us: micros(times.pause),
+            total_us: micros(times.total),
+        })
+    }
+}
+
+fn code(error: &SnapshotError) -> ErrorCode {
+    match error {
+        SnapshotError::WritableDrive { .. } => ErrorCode::Conflict,
+        _ => ErrorCode::Internal,
+    }
+}
