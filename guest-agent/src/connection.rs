@@ -51,6 +51,10 @@ pub struct Connection {
     /// Control groups of programs that are over, to be removed when they are empty.
     remains: Vec<Cgroup>,
     state: State,
+    /// Whether the agent has made the connection, to the host.
+    is_link: bool,
+    /// Whether the client has ever answered.
+    is_greeted: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -77,7 +81,23 @@ impl Connection {
             programs: Vec::new(),
             remains: Vec::new(),
             state: State::Greeting,
+            is_link: false,
+            is_greeted: false,
         }
+    }
+
+    /// Greets the host, to which the agent has connected.
+    pub fn link(socket: OwnedFd, hello: Hello) -> Self {
+        Self {
+            is_link: true,
+            ..Self::new(socket, hello)
+        }
+    }
+
+    /// Whether this was the connection to the host, which has ended without a breach of the protocol. Who has hung up
+    /// without an answer does not want another.
+    pub fn is_lost_link(&self) -> bool {
+        self.is_link && self.is_greeted && matches!(self.state, State::Gone)
     }
 
     /// The socket.
@@ -310,6 +330,7 @@ impl Connection {
             window => window,
         };
         self.state = State::Open { output_window };
+        self.is_greeted = true;
         Ok(())
     }
 

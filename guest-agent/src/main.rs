@@ -100,9 +100,8 @@ fn run_as_init() -> Result<std::convert::Infallible, Failure> {
     let has_run = init::writable_root(&options.init);
     let mut server = Server::new(true)?;
     server.listen(listen::vsock()?);
-    match listen::dial_host() {
-        Ok(socket) => server.connect(socket)?,
-        Err(errno) => init::warn(&format!("nobody on the host's port: {errno}")),
+    if let Err(failure) = server.dial(Box::new(|| Ok(listen::dial_host()?))) {
+        init::warn(&failure.message);
     }
     init::the_rest(&options.init, has_run);
     server.run()
@@ -123,10 +122,9 @@ fn run_as_process() -> Result<std::convert::Infallible, String> {
             listen::unix(path).map_err(|error| format!("{}: {error}", path.display()))?;
         server.listen(listener);
     }
-    if let Some(path) = &options.dial_unix {
-        let socket =
-            listen::dial_unix(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        server.connect(socket).map_err(|failure| failure.message)?;
+    if let Some(path) = options.dial_unix {
+        let dialled = server.dial(Box::new(move || listen::dial_unix(&path)));
+        dialled.map_err(|failure| failure.message)?;
     }
     server.run().map_err(|failure| failure.message)
 }

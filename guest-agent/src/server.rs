@@ -38,12 +38,17 @@ enum Token {
     Pipe(usize, u32, Stream),
 }
 
+/// Opens a connection to the host.
+pub type Dial = Box<dyn Fn() -> std::io::Result<OwnedFd>>;
+
 /// Everything that the agent serves.
 pub struct Server {
     is_init: bool,
     boot_id: [u8; 16],
     signals: Signals,
     listeners: Vec<OwnedFd>,
+    /// How the host is called.
+    dial: Option<Dial>,
     connections: Vec<Connection>,
     scratch: Vec<u8>,
     source_files: u64,
@@ -68,6 +73,7 @@ impl Server {
             boot_id,
             signals: Signals::new(is_init)?,
             listeners: Vec::new(),
+            dial: None,
             connections: Vec::new(),
             scratch: vec![0; SCRATCH],
             source_files: 0,
@@ -82,13 +88,22 @@ impl Server {
         self.listeners.push(listener);
     }
 
-    /// Takes a client, and greets it at once.
+    /// Calls the host, and greets it at once. From then on, a connection to the host that is lost is made anew, once: a
+    /// guest that goes on from a snapshot is found again by that.
     ///
     /// # Errors
-    /// The socket cannot be made non-blocking.
-    pub fn connect(&mut self, socket: OwnedFd) -> Result<(), Failure> {
+    /// Nobody answers.
+    pub fn dial(&mut self, dial: Dial) -> Result<(), Failure> {
+        let result = self.call(&dial);
+        self.dial = Some(dial);
+        result
+    }
+
+    fn call(&mut self, dial: &Dial) -> Result<(), Failure> {
+        let socket =
+            dial().map_err(|error| Failure::internal("nobody on the host's port", error))?;
         ioctl_fionbio(&socket, true).map_err(|errno| Failure::internal("FIONBIO", errno))?;
-        let mut connection = Connection::new(socket, self.hello());
+        let mut connection = Connection::link(socket, self.hello());
         connection.flush();
         self.connections.push(connection);
         Ok(())
@@ -212,7 +227,12 @@ impl Server {
             self.remains.extend(connection.take_remains());
         }
         self.remains.retain(|cgroup| !cgroup.remove());
+        let is_lost = self.connections.iter().any(Connection::is_lost_link);
         self.connections.retain(|connection| !connection.is_over());
+        if let Some(dial) = self.dial.take_if(|_| is_lost) {
+            // Where nobody listens any more, the agent carries on without.
+            let _ = self.dial(dial);
+        }
     }
 
     fn has_deadlines(&self) -> bool {
