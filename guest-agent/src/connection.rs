@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use guest_agent::frame::{FrameBuffer, FrameError};
 use guest_agent::proto::{
-    DEFAULT_OUTPUT_WINDOW, ErrorCode, Exec, Hello, MAX_DATA, Pong, RunCode, Shutdown, ShuttingDown,
-    Started, Stream, ToAgent, from_agent::Kind, to_agent,
+    DEFAULT_OUTPUT_WINDOW, Done, ErrorCode, Exec, Hello, MAX_DATA, Pong, Restored, RunCode,
+    Shutdown, ShuttingDown, Started, Stream, ToAgent, from_agent::Kind, to_agent,
 };
 use guest_agent::version::{SUPPORTED, VersionRange};
 use rustix::io::Errno;
@@ -23,7 +23,7 @@ use crate::identity::Identity;
 use crate::output::Output;
 use crate::program::Program;
 use crate::sys::Ended;
-use crate::{runners, spawn};
+use crate::{restored, runners, spawn};
 
 /// The most programs that may run at once for one connection.
 const MAX_PROGRAMS: usize = 256;
@@ -259,6 +259,7 @@ impl Connection {
             (Some(Ask::Exec(exec)), _) => self.exec(id, &exec, None, output_window, context),
             (Some(Ask::RunCode(code)), _) => self.run_code(id, code, output_window, context),
             (Some(Ask::Shutdown(shutdown)), _) => self.shutdown(id, shutdown, context),
+            (Some(Ask::Restored(restored)), _) => self.restored(id, &restored, context),
             (Some(Ask::ReadFile(it)), _) => self.work(id, &Task::Read(it), output_window, context),
             (Some(Ask::WriteFile(it)), _) => {
                 self.work(id, &Task::Write(it), output_window, context)
@@ -418,6 +419,23 @@ impl Connection {
         }
         self.output.push(id, Kind::ShuttingDown(ShuttingDown {}));
         *context.shutdown = Some(shutdown);
+        Ok(())
+    }
+
+    fn restored(
+        &mut self,
+        id: u32,
+        restored: &Restored,
+        context: &Context<'_>,
+    ) -> Result<(), Failure> {
+        if !context.is_init {
+            return Err(Failure::new(
+                ErrorCode::Unsupported,
+                "this agent is not PID 1 and cannot change the guest's clock",
+            ));
+        }
+        restored::restored(restored)?;
+        self.output.push(id, Kind::Done(Done {}));
         Ok(())
     }
 

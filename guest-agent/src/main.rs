@@ -17,6 +17,7 @@ mod listen;
 mod output;
 mod power;
 mod program;
+mod restored;
 mod runners;
 mod server;
 mod signals;

@@ -120,6 +120,7 @@ impl Server {
         if self.is_init {
             features.push(Feature::User.into());
             features.push(Feature::Shutdown.into());
+            features.push(Feature::Restored.into());
         }
         if self.cgroups.are_available() {
             features.push(Feature::Limits.into());

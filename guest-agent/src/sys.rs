@@ -167,6 +167,35 @@ pub fn usual_signals() {
     }
 }
 
+/// Makes the kernel's random numbers depend on `bytes`, which count as random in full, from now on. `device` is
+/// /dev/urandom or /dev/random, opened in any way.
+///
+/// # Errors
+/// Those of random(4); `EINVAL` for more bytes than fit in a request.
+pub fn reseed(device: BorrowedFd<'_>, bytes: &[u8]) -> Result<(), Errno> {
+    // From <linux/random.h>.
+    const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
+
+    let size = i32::try_from(bytes.len()).map_err(|_| Errno::INVAL)?;
+    let bits = size.checked_mul(8).ok_or(Errno::INVAL)?;
+    // struct rand_pool_info: how many random bits, how many bytes, the bytes.
+    let mut info = Vec::with_capacity(8 + bytes.len());
+    info.extend(bits.to_ne_bytes());
+    info.extend(size.to_ne_bytes());
+    info.extend(bytes);
+    // SAFETY: the kernel reads the two numbers and as many bytes as the second says, all of them in `info`.
+    if unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, info.as_ptr()) } < 0 {
+        return Err(last_errno());
+    }
+    // Until then the generators go on with what they were seeded with before.
+    // SAFETY: this one takes no argument.
+    if unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG) } < 0 {
+        return Err(last_errno());
+    }
+    Ok(())
+}
+
 /// Closes every descriptor but 0, 1 and 2: for a copy of the agent alone, which never comes back
 /// to what owns them.
 pub fn close_others() {

@@ -6,7 +6,7 @@ mod common;
 use common::{TestAgent, exec, shell, variable};
 use guest_agent::frame::MAX_MESSAGE;
 use guest_agent::proto::{
-    ErrorCode, Exec, Hello, Ping, RunCode, Shutdown, StdinData, from_agent::Kind,
+    ErrorCode, Exec, Hello, Ping, Restored, RunCode, Shutdown, StdinData, from_agent::Kind,
     to_agent::Kind as Ask,
 };
 
@@ -111,14 +111,22 @@ fn unknown_languages_and_names_with_paths_are_refused() {
 }
 
 #[test]
-fn an_ordinary_process_does_not_end_the_machine() {
+fn an_ordinary_process_does_not_end_or_change_the_machine() {
     let agent = TestAgent::start();
     let mut client = agent.connect();
-    client.send(1, Ask::Shutdown(Shutdown::default()));
-    assert_eq!(
-        client.follow(1).error.unwrap().code(),
-        ErrorCode::Unsupported
-    );
+    let restored = Restored {
+        entropy: vec![1; 32],
+        realtime_ns: 1,
+        ..Restored::default()
+    };
+    let asked = [Ask::Shutdown(Shutdown::default()), Ask::Restored(restored)];
+    for (id, ask) in (1..).zip(asked) {
+        client.send(id, ask);
+        assert_eq!(
+            client.follow(id).error.unwrap().code(),
+            ErrorCode::Unsupported
+        );
+    }
 }
 
 #[test]
