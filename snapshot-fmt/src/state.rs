@@ -1,5 +1,6 @@
 //! Plain data that a component saves and is restored from.
 
+pub mod agent;
 pub mod machine;
 pub mod platform;
 pub mod serial;

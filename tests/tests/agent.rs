@@ -9,6 +9,8 @@ mod guest;
 mod programs;
 #[path = "agent/python.rs"]
 mod python;
+#[path = "agent/restored.rs"]
+mod restored;
 
 use std::process::ExitCode;
 
@@ -72,6 +74,11 @@ fn main() -> ExitCode {
         ),
         test("trees_move_both_ways", Guest, files::trees),
         test("changes_are_told", Guest, files::changes),
+        test(
+            "a_restored_guest_is_made_its_own",
+            Guest,
+            restored::identity,
+        ),
         test("a_full_disk_is_told", Guest, files::full),
         test(
             "a_hundred_mebibytes_move_intact_each_way",

@@ -9,7 +9,11 @@
 mod channel;
 mod content;
 mod files;
+mod inbox;
 mod link;
+mod quiet;
+#[cfg(test)]
+mod quiet_tests;
 mod stdio;
 
 use std::os::unix::net::UnixStream;
@@ -31,11 +35,12 @@ use stdio::{Input, Sink};
 
 pub use files::WriteOptions;
 pub use link::Controller;
+pub use quiet::Quiet;
 pub use stdio::{Stdin, Stdio};
 
 pub use guest_agent::proto::{
     AGENT_PORT, EnvVar, Exec as ExecRequest, FileInfo, FileKind, Language, Limits, Pty,
-    RunCode as RunCodeRequest, ShutdownMode, WatchEvent, WatchKind,
+    Restored as RestoredRequest, RunCode as RunCodeRequest, ShutdownMode, WatchEvent, WatchKind,
 };
 pub use guest_agent::tree::TreeError;
 
@@ -239,7 +244,7 @@ impl Agent {
         };
         channel.send(0, to_agent::Kind::Hello(ours))?;
         Ok(Self {
-            owner: Link::start(channel)?,
+            owner: Link::start(channel, DEFAULT_OUTPUT_WINDOW, 0)?,
             hello: Arc::new(hello),
             file_user: String::new(),
         })

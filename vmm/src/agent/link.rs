@@ -2,67 +2,23 @@
 //!
 //! A thread of its own reads what the agent sends and sorts it into an inbox per request; whoever
 //! has a request takes from its inbox. So neither direction waits for the other, and a request
-//! that is not looked after holds nobody up. What the agent sends is hostile: an inbox holds
-//! no more output than the credit that was given for it.
+//! that is not looked after holds nobody up. New requests can be held back, for the moment of a snapshot.
 
-use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use guest_agent::frame::{self, FrameBuffer, FrameError};
-use guest_agent::proto::{
-    Cancel, Credit, DEFAULT_OUTPUT_WINDOW, ErrorCode, FromAgent, MAX_DATA, Stream, ToAgent,
-    from_agent, to_agent,
-};
+use guest_agent::frame::{self, FrameBuffer};
+use guest_agent::proto::{Cancel, Credit, MAX_DATA, Stream, ToAgent, from_agent, to_agent};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
 use super::channel::{Channel, timeout_until};
+use super::inbox::{Broken, Inbox, State, index};
 use super::{AgentError, UNEXPECTED, printable};
-
-/// Why nothing more comes.
-#[derive(Clone)]
-enum Broken {
-    Disconnected,
-    Socket(i32),
-    Frame(FrameError),
-    Protocol(&'static str),
-    Refused(ErrorCode, String),
-}
-
-impl From<Broken> for AgentError {
-    fn from(broken: Broken) -> Self {
-        match broken {
-            Broken::Disconnected => Self::Disconnected,
-            Broken::Socket(errno) => Self::Socket(io::Error::from_raw_os_error(errno)),
-            Broken::Frame(error) => Self::Frame(error),
-            Broken::Protocol(what) => Self::Protocol { what },
-            Broken::Refused(code, message) => Self::Refused { code, message },
-        }
-    }
-}
-
-/// What has come for a request and was not taken yet.
-struct Inbox {
-    data: VecDeque<(Stream, Vec<u8>)>,
-    /// How much output may still come, per stream.
-    allowed: [u32; 2],
-    credit: u32,
-    started: Option<u32>,
-    end: Option<from_agent::Kind>,
-    wake: Arc<OwnedFd>,
-}
-
-#[derive(Default)]
-struct State {
-    inboxes: HashMap<u32, Inbox>,
-    last_id: u32,
-    broken: Option<Broken>,
-}
 
 /// The connection.
 pub(super) struct Link {
@@ -70,7 +26,11 @@ pub(super) struct Link {
     /// Held while a frame is written.
     writing: Mutex<()>,
     state: Mutex<State>,
+    /// The last holder is gone, or the deadline is another.
+    released: Condvar,
     deadline: Mutex<Option<Instant>>,
+    /// The credit that each output starts with, as the agent was told.
+    output_window: u32,
 }
 
 /// Ends the connection when the last of those who use it is gone.
@@ -87,23 +47,28 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn index(stream: Stream) -> usize {
-    usize::from(stream == Stream::Stderr)
-}
-
 impl Link {
-    /// Takes over a connection on which the Hellos have been exchanged.
+    /// Takes over a connection on which the Hellos have been exchanged, and requests up to `last_id` been made.
     ///
     /// # Errors
     /// The Hello cannot be sent, or no thread be started.
-    pub fn start(mut channel: Channel) -> Result<Arc<Owner>, AgentError> {
+    pub fn start(
+        mut channel: Channel,
+        output_window: u32,
+        last_id: u32,
+    ) -> Result<Arc<Owner>, AgentError> {
         channel.flush_all()?;
         let (socket, frames, deadline) = channel.into_parts();
         let link = Arc::new(Self {
             socket,
             writing: Mutex::default(),
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                last_id,
+                ..State::default()
+            }),
+            released: Condvar::new(),
             deadline: Mutex::new(deadline),
+            output_window,
         });
         let owner = Arc::new(Owner(link.clone()));
         std::thread::Builder::new()
@@ -113,6 +78,7 @@ impl Link {
                 let mut state = lock(&link.state);
                 state.broken.get_or_insert(broken);
                 state.inboxes.values().for_each(Inbox::wake);
+                link.released.notify_all();
             })
             .map_err(AgentError::Socket)?;
         Ok(owner)
@@ -122,28 +88,80 @@ impl Link {
     pub fn set_deadline(&self, deadline: Option<Instant>) {
         *lock(&self.deadline) = deadline;
         lock(&self.state).inboxes.values().for_each(Inbox::wake);
+        self.released.notify_all();
+    }
+
+    /// Lets no request begin until [`Self::release`] was called as often as this.
+    pub fn hold(&self) {
+        lock(&self.state).holders += 1;
+    }
+
+    /// Lets requests begin again.
+    pub fn release(&self) {
+        let mut state = lock(&self.state);
+        state.holders = state.holders.saturating_sub(1);
+        if state.holders == 0 {
+            self.released.notify_all();
+        }
+    }
+
+    /// What a connection at rest goes on with: the outputs' first credit, and the last id of a request. Nothing while a
+    /// request runs, or either side is in the middle of a frame.
+    pub fn at_rest(&self) -> Option<(u32, u32)> {
+        let _writing = self.writing.try_lock().ok()?;
+        let state = lock(&self.state);
+        let rests = state.broken.is_none()
+            && !state.partial
+            && state.ending.is_empty()
+            && state.inboxes.values().all(|inbox| inbox.ended);
+        rests.then_some((self.output_window, state.last_id))
+    }
+
+    /// Gives a request an id and an inbox, once requests may begin.
+    fn enter(&self, wake: Arc<OwnedFd>) -> Result<u32, AgentError> {
+        let mut state = lock(&self.state);
+        while state.holders > 0 && state.broken.is_none() {
+            let left = timeout_until(*lock(&self.deadline))?;
+            let left = left.and_then(|left| Duration::try_from(left).ok());
+            state = match left {
+                None => self
+                    .released
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(left) => {
+                    let waited = self.released.wait_timeout(state, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        loop {
+            let id = state.last_id.checked_add(1).unwrap_or(1);
+            state.last_id = id;
+            if !state.inboxes.contains_key(&id) && !state.ending.contains(&id) {
+                state
+                    .inboxes
+                    .insert(id, Inbox::new(wake, self.output_window));
+                return Ok(id);
+            }
+        }
     }
 
     /// Reads until the connection ends; says why.
     fn read(&self, mut frames: FrameBuffer) -> Broken {
         let mut scratch = vec![0; MAX_DATA];
+        // Held from when bytes are taken off the socket until they are sorted, so that nobody finds them in between.
+        let mut state = lock(&self.state);
         loop {
-            loop {
-                match frames.next_message() {
-                    Ok(Some(message)) => {
-                        if let Err(broken) = self.sort(message) {
-                            return broken;
-                        }
-                    }
-                    Ok(None) => break,
-                    Err(error) => return Broken::Frame(error),
-                }
+            if let Err(broken) = state.sort_all(&mut frames) {
+                return broken;
             }
+            drop(state);
             let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
             match poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Broken::Socket(errno.raw_os_error()),
             }
+            state = lock(&self.state);
             match (&self.socket).read(&mut scratch) {
                 Ok(0) => return Broken::Disconnected,
                 Ok(count) => {
@@ -156,36 +174,6 @@ impl Link {
                 },
             }
         }
-    }
-
-    fn sort(&self, message: FromAgent) -> Result<(), Broken> {
-        let mut state = lock(&self.state);
-        let Some(kind) = message.kind else {
-            return Ok(());
-        };
-        if message.request_id == 0 {
-            return Err(match kind {
-                from_agent::Kind::Error(error) => {
-                    Broken::Refused(error.code(), printable(&error.message))
-                }
-                _ => Broken::Protocol("a message about no request"),
-            });
-        }
-        // About a request that has been given up.
-        let Some(inbox) = state.inboxes.get_mut(&message.request_id) else {
-            return Ok(());
-        };
-        match kind {
-            from_agent::Kind::Stdout(out) => inbox.take(Stream::Stdout, out.data)?,
-            from_agent::Kind::Stderr(out) => inbox.take(Stream::Stderr, out.data)?,
-            from_agent::Kind::Credit(credit) => {
-                inbox.credit = inbox.credit.saturating_add(credit.bytes);
-            }
-            from_agent::Kind::Started(started) => inbox.started = Some(started.pid),
-            end => drop(inbox.end.get_or_insert(end)),
-        }
-        inbox.wake();
-        Ok(())
     }
 
     /// Sends a message.
@@ -243,29 +231,6 @@ fn broken(error: &io::Error) -> Option<Broken> {
     }
 }
 
-impl Inbox {
-    fn take(&mut self, stream: Stream, mut data: Vec<u8>) -> Result<(), Broken> {
-        let too_much = Broken::Protocol("more output than there was credit for");
-        let length = u32::try_from(data.len()).map_err(|_| too_much.clone())?;
-        if let Some(allowed) = self.allowed.get_mut(index(stream)) {
-            *allowed = allowed.checked_sub(length).ok_or(too_much)?;
-        }
-        match self.data.back_mut() {
-            // Many small pieces cost more than their bytes.
-            Some((last, bytes)) if *last == stream && bytes.len() < MAX_DATA => {
-                bytes.append(&mut data);
-            }
-            _ => self.data.push_back((stream, data)),
-        }
-        Ok(())
-    }
-
-    fn wake(&self) {
-        // Full is as good as written.
-        let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes());
-    }
-}
-
 /// What a request is told.
 pub(super) enum Event {
     /// The program runs, under this process id.
@@ -296,26 +261,7 @@ impl Request {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let wake = eventfd(0, flags).map_err(|errno| AgentError::Socket(errno.into()))?;
         let wake = Arc::new(wake);
-        let inbox = Inbox {
-            data: VecDeque::new(),
-            allowed: [DEFAULT_OUTPUT_WINDOW; 2],
-            credit: 0,
-            started: None,
-            end: None,
-            wake: wake.clone(),
-        };
-        let id = {
-            let mut state = lock(&link.state);
-            loop {
-                state.last_id = state.last_id.checked_add(1).unwrap_or(1);
-                if !state.inboxes.contains_key(&state.last_id) {
-                    break;
-                }
-            }
-            let id = state.last_id;
-            state.inboxes.insert(id, inbox);
-            id
-        };
+        let id = link.enter(wake.clone())?;
         let mut request = Self {
             owner: owner.clone(),
             id,
@@ -454,12 +400,17 @@ impl Request {
 
 impl Drop for Request {
     fn drop(&mut self) {
-        let alive = {
+        let runs = {
             let mut state = lock(&self.owner.0.state);
-            state.inboxes.remove(&self.id);
-            state.broken.is_none()
+            let inbox = state.inboxes.remove(&self.id);
+            let runs =
+                !self.over && state.broken.is_none() && inbox.is_some_and(|inbox| !inbox.ended);
+            if runs {
+                state.ending.insert(self.id);
+            }
+            runs
         };
-        if alive && !self.over {
+        if runs {
             let _ = self.send(to_agent::Kind::Cancel(Cancel {}));
         }
     }

@@ -1,0 +1,59 @@
+//! What the agent does for a guest that goes on from a snapshot.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use libtest_mimic::Failed;
+use vmm::agent::{AgentError, RestoredRequest};
+
+use crate::guest::{ask, connect, expect};
+
+fn since_1970(time: SystemTime) -> Result<u64, Failed> {
+    let nanos = time.duration_since(UNIX_EPOCH)?.as_nanos();
+    Ok(u64::try_from(nanos)?)
+}
+
+pub fn identity() -> Result<(), Failed> {
+    let agent = connect()?;
+    let later = SystemTime::now() + Duration::from_secs(1_000_000);
+    let request = RestoredRequest {
+        entropy: (0..64).collect(),
+        realtime_ns: since_1970(later)?,
+        machine_id: "0123456789abcdef0123456789abcdef".into(),
+        hostname: "copy-7".into(),
+    };
+    agent.restored(request.clone())?;
+    let told = ask(&agent, "cat /etc/machine-id; hostname; date +%s")?;
+    let mut lines = told.lines();
+    expect(lines.next() == Some(&request.machine_id), &told)?;
+    expect(lines.next() == Some("copy-7"), &told)?;
+    let date: u64 = lines.next().unwrap_or_default().parse()?;
+    let set = request.realtime_ns / 1_000_000_000;
+    expect((set..set + 300).contains(&date), (set, date))?;
+
+    // What cannot be changes nothing, and the connection is none the worse for it.
+    let wrong = RestoredRequest {
+        hostname: "no name".into(),
+        realtime_ns: 1,
+        ..request.clone()
+    };
+    match agent.restored(wrong) {
+        Err(AgentError::Refused { message, .. }) => expect(message.contains("hostname"), message)?,
+        other => expect(false, other)?,
+    }
+    let told = ask(&agent, "hostname; date +%s")?;
+    let mut lines = told.lines();
+    expect(lines.next() == Some("copy-7"), &told)?;
+    let date: u64 = lines.next().unwrap_or_default().parse()?;
+    expect((set..set + 300).contains(&date), (set, date))?;
+
+    // The names stay as they are where none is given; the other cases want the time that it is.
+    let back = RestoredRequest {
+        realtime_ns: since_1970(SystemTime::now())?,
+        machine_id: String::new(),
+        hostname: "bough".into(),
+        ..request
+    };
+    agent.restored(back)?;
+    let told = ask(&agent, "cat /etc/machine-id; hostname")?;
+    expect(told == "0123456789abcdef0123456789abcdef\nbough\n", told)
+}
