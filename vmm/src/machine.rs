@@ -236,6 +236,7 @@ impl Machine {
             vcpus,
             platform: platform::save(&self.vm)?,
             devices: self.devices.save(),
+            agent: None,
         }))
     }
 

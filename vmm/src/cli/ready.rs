@@ -1,7 +1,10 @@
 //! Waiting for a guest to be ready: its agent calls, or something cuts that short.
 
-use std::os::unix::net::UnixListener;
-use std::time::{Duration, Instant};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use guest_agent::proto::Restored;
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::CliError;
 use super::launch::Source;
@@ -13,6 +16,8 @@ use crate::timings::Timings;
 
 /// A guest whose agent is not there by then never will be. Generous: on a software KVM a guest of 24 GiB takes a minute.
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+/// Random bytes for a restored guest: what its generator can hold twice over.
+const ENTROPY: usize = 64;
 /// How long a guest that has closed the agent's connection may take to end.
 const RESET_GRACE: Duration = Duration::from_secs(5);
 
@@ -62,12 +67,29 @@ impl Boot<'_> {
     /// The agent of a machine that has just been made, ready for work. The watch shuts its connection when something cuts the
     /// work short.
     pub fn agent(&self, ready: UnixListener, source: &Source) -> Result<(Agent, Watch), CliError> {
-        match source {
-            Source::Boot(_) => self.wait_for_agent(ready),
-            Source::Saved(_) => {
-                drop(self.machine.take_agent_link());
-                self.wait_for_agent(ready)
+        let Source::Saved(saved) = source else {
+            return self.wait_for_agent(ready);
+        };
+        let (agent, watch) = match (self.machine.take_agent_link(), &saved.state.agent) {
+            (Some(stream), Some(state)) => {
+                drop(ready);
+                self.greet(stream, |stream, deadline| {
+                    Agent::resume(stream, state, deadline)
+                })?
             }
+            // It learns that its connection is gone, and calls again.
+            _ => self.wait_for_agent(ready)?,
+        };
+        match agent.restored(own_identity()?) {
+            Ok(()) => {
+                self.timings.mark("guest told");
+                Ok((agent, watch))
+            }
+            Err(error) => Err(self.why(&error, watch).unwrap_or_else(|| {
+                CliError::Monitor(format!(
+                    "the restored guest cannot be made its own: {error}"
+                ))
+            })),
         }
     }
 
@@ -84,9 +106,18 @@ impl Boot<'_> {
         };
         // The agent was the first to call, being the guest's first process. Nobody else in there shall.
         drop(ready);
+        self.greet(stream, Agent::from_stream)
+    }
+
+    /// Makes the agent of its connection, and watches over that.
+    fn greet(
+        &self,
+        stream: UnixStream,
+        agent: impl FnOnce(UnixStream, Option<Instant>) -> Result<Agent, AgentError>,
+    ) -> Result<(Agent, Watch), CliError> {
         let watch = self.supervisor.clone().watch(&stream);
         let watch = watch.map_err(|error| CliError::Monitor(error.to_string()))?;
-        match Agent::from_stream(stream, Some(deadline)) {
+        match agent(stream, Some(self.start + BOOT_DEADLINE)) {
             Ok(agent) => {
                 self.timings.mark("agent ready");
                 agent.set_deadline(None);
@@ -119,4 +150,20 @@ impl Boot<'_> {
         }
         None
     }
+}
+
+/// What a restored guest must not have in common with others of its snapshot: random numbers and the time.
+fn own_identity() -> Result<Restored, CliError> {
+    let mut entropy = vec![0; ENTROPY];
+    getrandom(&mut entropy[..], GetRandomFlags::empty()).map_err(|errno| {
+        CliError::Monitor(format!("no random bytes: {}", std::io::Error::from(errno)))
+    })?;
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    Ok(Restored {
+        entropy,
+        realtime_ns: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX),
+        ..Restored::default()
+    })
 }

@@ -253,7 +253,15 @@ fn snapshot(control: &Control, request: &Request, _: &mut UnixStream) -> Result<
     refuse_while_stopping(control)?;
     let request = body(request)?;
     let machine = control.machine()?;
-    json(&control.snapshots.take(&machine, &control.record, request)?)
+    let agent = control
+        .agent
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
+    let taken = control
+        .snapshots
+        .take(&machine, agent.as_ref(), &control.record, request)?;
+    json(&taken)
 }
 
 fn exec(control: &Control, request: &Request, stream: &mut UnixStream) -> Result<Reply, ErrorBody> {

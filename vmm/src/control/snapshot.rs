@@ -7,6 +7,7 @@ use snapshot_fmt::digest::Digest;
 use snapshot_fmt::manifest::{Manifest, Programs};
 
 use super::types::{ErrorBody, ErrorCode, SnapshotRequest, SnapshotView};
+use crate::agent::Agent;
 use crate::config::VmConfig;
 use crate::machine::Machine;
 use crate::sandbox::record::{Record, now};
@@ -42,16 +43,18 @@ impl Snapshots {
     pub fn take(
         &self,
         machine: &Machine,
+        agent: Option<&Agent>,
         record: &Record,
         request: SnapshotRequest,
     ) -> Result<SnapshotView, ErrorBody> {
-        self.try_take(machine, record, request)
+        self.try_take(machine, agent, record, request)
             .map_err(|error| ErrorBody::new(code(&error), error.to_string()))
     }
 
     fn try_take(
         &self,
         machine: &Machine,
+        agent: Option<&Agent>,
         record: &Record,
         request: SnapshotRequest,
     ) -> Result<SnapshotView, SnapshotError> {
@@ -60,7 +63,12 @@ impl Snapshots {
         let mut parent = self.parent.lock().unwrap_or_else(PoisonError::into_inner);
         let base = parent.as_ref().filter(|_| !request.full);
         let draft = store.begin()?;
-        let written = save(machine, draft.path(), base.map(|parent| &*parent.chain))?;
+        let written = save(
+            machine,
+            agent,
+            draft.path(),
+            base.map(|parent| &*parent.chain),
+        )?;
         let manifest = Manifest {
             format: 0,
             id: Digest([0; 32]),

@@ -12,6 +12,7 @@ use snapshot_fmt::state_file;
 
 use super::memory_layer::LayerInProgress;
 use super::{MEMORY, STATE, SnapshotError};
+use crate::agent::{Agent, Quiet};
 use crate::machine::Machine;
 
 /// A machine's state and memory, written and synced.
@@ -38,9 +39,11 @@ pub struct Times {
     pub total: Duration,
 }
 
-/// Writes `machine` as it is now to `dir`, its memory as it differs from `parent`'s.
+/// Writes `machine` as it is now to `dir`, its memory as it differs from `parent`'s. `agent` is the connection that its guest's
+/// agent has made to the host, if there still is one: it is kept over a restore where it is at rest.
 pub fn save(
     machine: &Machine,
+    agent: Option<&Agent>,
     dir: &Path,
     parent: Option<&Chain>,
 ) -> Result<Written, SnapshotError> {
@@ -59,13 +62,16 @@ pub fn save(
     let (layer, layer_path) = make(MEMORY)?;
     let (state_file, state_path) = make(STATE)?;
 
+    let quiet = agent.map(Agent::quiesce);
     let start = Instant::now();
-    let frozen = machine.freeze(|state: MachineState| {
+    let frozen = machine.freeze(|mut state: MachineState| {
+        state.settle_agent(quiet.as_ref().and_then(Quiet::state));
         let had = start.elapsed();
         let memory = LayerInProgress::begin(machine.memory(), &layer, &layer_path, parent);
         (state, memory, had, start.elapsed())
     })?;
     let pause = start.elapsed();
+    drop(quiet);
     let (state, memory, had, freeze) = frozen;
     let memory = memory.map_err(SnapshotError::Memory)?;
 
