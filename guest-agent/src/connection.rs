@@ -22,8 +22,9 @@ use crate::files::{self, Task};
 use crate::identity::Identity;
 use crate::output::Output;
 use crate::program::Program;
+use crate::restored::{self, Random};
 use crate::sys::Ended;
-use crate::{restored, runners, spawn};
+use crate::{runners, spawn};
 
 /// The most programs that may run at once for one connection.
 const MAX_PROGRAMS: usize = 256;
@@ -40,6 +41,8 @@ pub struct Context<'a> {
     pub shutdown: &'a mut Option<Shutdown>,
     /// Makes the control groups of programs.
     pub cgroups: &'a mut Cgroups,
+    /// What a restored guest's random numbers start anew with.
+    pub random: &'a mut Random,
 }
 
 /// A client's connection.
@@ -426,7 +429,7 @@ impl Connection {
         &mut self,
         id: u32,
         restored: &Restored,
-        context: &Context<'_>,
+        context: &mut Context<'_>,
     ) -> Result<(), Failure> {
         if !context.is_init {
             return Err(Failure::new(
@@ -434,7 +437,7 @@ impl Connection {
                 "this agent is not PID 1 and cannot change the guest's clock",
             ));
         }
-        restored::restored(restored)?;
+        restored::restored(restored, context.random)?;
         self.output.push(id, Kind::Done(Done {}));
         Ok(())
     }

@@ -105,6 +105,9 @@ fn run_as_init() -> Result<std::convert::Infallible, Failure> {
         init::warn(&failure.message);
     }
     init::the_rest(&options.init, has_run);
+    if let Err(failure) = server.prepare_restored() {
+        init::warn(&failure.message);
+    }
     server.run()
 }
 

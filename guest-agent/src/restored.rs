@@ -1,13 +1,13 @@
 //! A guest that goes on from a snapshot becomes itself: its own random numbers, the time that it is, its own names.
 //!
 //! Everything is checked before anything is done. It comes before any work of the restored guest, so each system call
-//! here is time that its user waits.
+//! here is time that its user waits; what can be done ahead, while the guest boots, is.
 
 use guest_agent::proto::{ErrorCode, Restored};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::system::sethostname;
 use rustix::time::{ClockId, Timespec, clock_settime};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::failure::Failure;
 use crate::sys;
@@ -20,20 +20,38 @@ const MAX_HOSTNAME: usize = 64;
 
 const MACHINE_ID: &str = "/etc/machine-id";
 
+/// The kernel's random numbers. It is never closed: that would cost a grace period of RCU, each time.
+#[derive(Default)]
+pub struct Random(Option<OwnedFd>);
+
+impl Random {
+    /// Opens it if it is not open.
+    ///
+    /// # Errors
+    /// A failure that names the file.
+    pub fn open(&mut self) -> Result<BorrowedFd<'_>, Failure> {
+        let device = match self.0.take() {
+            Some(device) => device,
+            None => open(
+                "/dev/urandom",
+                OFlags::RDONLY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )
+            .map_err(|errno| Failure::internal("open /dev/urandom", errno))?,
+        };
+        let device: &OwnedFd = self.0.insert(device);
+        Ok(device.as_fd())
+    }
+}
+
 /// Does what the request says.
 ///
 /// # Errors
 /// A field that cannot be, by name, or a system call that failed. The guest is not to be used then.
-pub fn restored(request: &Restored) -> Result<(), Failure> {
+pub fn restored(request: &Restored, random: &mut Random) -> Result<(), Failure> {
     let time = check(request).map_err(|what| Failure::new(ErrorCode::InvalidArgument, what))?;
 
-    let random = open(
-        "/dev/urandom",
-        OFlags::RDONLY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(|errno| Failure::internal("open /dev/urandom", errno))?;
-    sys::reseed(random.as_fd(), &request.entropy)
+    sys::reseed(random.open()?, &request.entropy)
         .map_err(|errno| Failure::internal("add entropy to /dev/urandom", errno))?;
     clock_settime(ClockId::Realtime, time)
         .map_err(|errno| Failure::internal("clock_settime", errno))?;

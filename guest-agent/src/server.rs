@@ -19,6 +19,7 @@ use crate::cgroup::{Cgroup, Cgroups};
 use crate::connection::{Connection, Context};
 use crate::failure::Failure;
 use crate::program::STDIN_WINDOW;
+use crate::restored::Random;
 use crate::signals::Signals;
 use crate::{power, sys};
 
@@ -55,6 +56,7 @@ pub struct Server {
     cgroups: Cgroups,
     /// Control groups that are to be removed as soon as their last process is gone.
     remains: Vec<Cgroup>,
+    random: Random,
     shutdown: Option<Shutdown>,
 }
 
@@ -79,6 +81,7 @@ impl Server {
             source_files: 0,
             cgroups: Cgroups::new(is_init),
             remains: Vec::new(),
+            random: Random::default(),
             shutdown: None,
         })
     }
@@ -97,6 +100,14 @@ impl Server {
         let result = self.call(&dial);
         self.dial = Some(dial);
         result
+    }
+
+    /// Does ahead what a restored guest would have to wait for.
+    ///
+    /// # Errors
+    /// A failure that names the system call.
+    pub fn prepare_restored(&mut self) -> Result<(), Failure> {
+        self.random.open().map(drop)
     }
 
     fn call(&mut self, dial: &Dial) -> Result<(), Failure> {
@@ -271,6 +282,7 @@ impl Server {
                 is_init: self.is_init,
                 shutdown: &mut self.shutdown,
                 cgroups: &mut self.cgroups,
+                random: &mut self.random,
             });
         } else if flags.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
             connection.hung_up();
