@@ -29,13 +29,13 @@ pub enum ChainError {
         depth: usize,
     },
     /// They span different spaces.
-    #[error("{}: spans {pages} pages, its parents {root}: it belongs to another chain", file.display())]
+    #[error("{}: spans {pages} pages, not {root}: it belongs to a VM of another size", file.display())]
     OtherSpace {
         /// The layer that differs from the root.
         file: PathBuf,
         /// Its pages.
         pages: u64,
-        /// The root's pages.
+        /// The pages that it should span.
         root: u64,
     },
 }
@@ -128,15 +128,8 @@ impl Chain {
                 depth: layers.len(),
             });
         }
-        if let Some(other) = layers
-            .iter()
-            .find(|layer| layer.total_pages() != total_pages)
-        {
-            return Err(ChainError::OtherSpace {
-                file: other.path().to_owned(),
-                pages: other.total_pages(),
-                root: total_pages,
-            });
+        for layer in &layers {
+            check_space(layer, total_pages)?;
         }
         let mut runs = merge(&layers, 0);
         runs.retain(|run| run.source != Source::Zero);
@@ -223,10 +216,29 @@ impl Chain {
         }
     }
 
+    /// Checks that `other` spans as many pages.
+    pub fn check_space(&self, other: &Self) -> Result<(), ChainError> {
+        other
+            .layers
+            .iter()
+            .try_for_each(|layer| check_space(layer, self.total_pages))
+    }
+
     /// Reads every stored page of every layer and checks it.
     pub fn verify(&self) -> Result<(), FormatError> {
         self.layers.iter().try_for_each(Layer::verify)
     }
+}
+
+fn check_space(layer: &Layer, total_pages: u64) -> Result<(), ChainError> {
+    if layer.total_pages() == total_pages {
+        return Ok(());
+    }
+    Err(ChainError::OtherSpace {
+        file: layer.path().to_owned(),
+        pages: layer.total_pages(),
+        root: total_pages,
+    })
 }
 
 /// The runs of `layers`, the first of which is layer number `first`. Halves are merged, so the cost grows with the

@@ -7,9 +7,7 @@ use crate::chain::{Chain, Source};
 use crate::digest::PageHash;
 use crate::error::WriteError;
 use crate::layer::{LayerSummary, LayerWriter};
-use crate::{PAGE_SIZE, Page, pages};
-
-const ZEROS: Page = [0; PAGE_SIZE];
+use crate::{ZERO_PAGE, pages};
 
 /// Writes the layer that makes a parent's pages into others.
 ///
@@ -38,7 +36,7 @@ impl<'a> DeltaWriter<'a> {
     pub fn put(&mut self, first_page: u64, bytes: &[u8]) -> Result<(), WriteError> {
         self.layer.place_bytes(first_page, bytes)?;
         for (page, bytes) in (first_page..).zip(pages(bytes)) {
-            if *bytes == ZEROS {
+            if *bytes == ZERO_PAGE {
                 self.zero(page, 1)?;
                 continue;
             }

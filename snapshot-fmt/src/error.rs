@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::chain::ChainError;
+
 /// A file cannot be read, or not be believed.
 #[derive(Debug, Error)]
 pub enum FormatError {
@@ -154,4 +156,7 @@ pub enum WriteError {
     /// What is written rests on a file that cannot be read.
     #[error(transparent)]
     Source(#[from] FormatError),
+    /// The two chains of an operation are of different machines.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
 }

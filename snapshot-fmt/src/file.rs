@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::error::FormatError;
+use crate::error::{FormatError, WriteError};
 
 /// A file that is open for reading.
 #[derive(Debug)]
@@ -13,6 +13,49 @@ pub(crate) struct NamedFile {
     file: File,
     path: PathBuf,
     len: u64,
+}
+
+/// Opens a file to read `what`.
+pub(crate) fn open(path: &Path, what: &'static str) -> Result<File, FormatError> {
+    File::open(path).map_err(|source| FormatError::Io {
+        file: path.to_owned(),
+        offset: 0,
+        what,
+        source,
+    })
+}
+
+/// Writes `bytes` to `file`, which `path` names in messages.
+pub(crate) fn write_at(
+    file: &File,
+    path: &Path,
+    bytes: &[u8],
+    offset: u64,
+) -> Result<(), WriteError> {
+    file.write_all_at(bytes, offset)
+        .map_err(|source| WriteError::Io {
+            file: path.to_owned(),
+            offset,
+            source,
+        })
+}
+
+/// `value` of `what`, which would be written to `path`, if it is at most `limit`.
+pub(crate) fn within(
+    path: &Path,
+    what: &'static str,
+    value: u64,
+    limit: u64,
+) -> Result<(), WriteError> {
+    if value <= limit {
+        return Ok(());
+    }
+    Err(WriteError::OverLimit {
+        file: path.to_owned(),
+        what,
+        value,
+        limit,
+    })
 }
 
 impl NamedFile {

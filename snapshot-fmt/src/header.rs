@@ -40,6 +40,8 @@ pub enum Kind {
     Layer,
     /// `working-set`.
     WorkingSet,
+    /// `*.bough`.
+    Pack,
 }
 
 impl Kind {
@@ -48,13 +50,14 @@ impl Kind {
             Self::State => *b"STAT",
             Self::Layer => *b"LAYR",
             Self::WorkingSet => *b"WSET",
+            Self::Pack => *b"PACK",
         }
     }
 
     /// The version that is written, and the newest that is read.
     pub fn version(self) -> u32 {
         match self {
-            Self::State | Self::Layer | Self::WorkingSet => 1,
+            Self::State | Self::Layer | Self::WorkingSet | Self::Pack => 1,
         }
     }
 
@@ -64,6 +67,7 @@ impl Kind {
             Self::State => "a state file",
             Self::Layer => "a layer",
             Self::WorkingSet => "a working set",
+            Self::Pack => "a packed snapshot",
         }
     }
 
@@ -71,7 +75,7 @@ impl Kind {
         match self {
             Self::State => 1,
             Self::Layer => 4,
-            Self::WorkingSet => 2,
+            Self::WorkingSet | Self::Pack => 2,
         }
     }
 }

@@ -13,8 +13,12 @@ pub mod digest;
 pub mod error;
 mod file;
 pub mod header;
+mod json;
 pub mod layer;
 pub mod manifest;
+pub mod ops;
+pub mod pack;
+pub mod snapshot;
 pub mod state;
 pub mod state_file;
 pub mod working_set;
@@ -36,6 +40,8 @@ pub(crate) const fn as_usize(value: u64) -> usize {
 
 /// A page.
 pub type Page = [u8; PAGE_SIZE];
+/// The page that is not stored.
+pub(crate) static ZERO_PAGE: Page = [0; PAGE_SIZE];
 
 /// The pages of `bytes`; an incomplete one at the end is left out.
 pub fn pages(bytes: &[u8]) -> impl Iterator<Item = &Page> {

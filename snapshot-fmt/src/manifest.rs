@@ -12,12 +12,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 use crate::error::{FormatError, WriteError};
-use crate::file::NamedFile;
-use crate::state_file::parse;
+use crate::file::{NamedFile, within};
+use crate::json;
 use crate::{PAGE_BYTES, PAGES_MAX};
 
 /// File name of a manifest.
 pub const MANIFEST: &str = "manifest.json";
+/// File name of a VM's state.
+pub const STATE: &str = "state.bin";
+/// File name of the layer of guest memory.
+pub const MEMORY: &str = "memory.layer";
+/// File name of a working set, which no manifest lists.
+pub const WORKING_SET: &str = "working-set";
 /// The format that is written, and the newest that is read.
 pub const FORMAT: u32 = 1;
 /// Most bytes of a manifest.
@@ -204,14 +210,12 @@ impl Manifest {
             source,
         })?;
         json.push(b'\n');
-        if json.len() as u64 > MANIFEST_MAX {
-            return Err(WriteError::OverLimit {
-                file: path.to_owned(),
-                what: "the manifest in bytes",
-                value: json.len() as u64,
-                limit: MANIFEST_MAX,
-            });
-        }
+        within(
+            path,
+            "the manifest in bytes",
+            json.len() as u64,
+            MANIFEST_MAX,
+        )?;
         self.id = Digest::of(&json);
         json[HEAD.len()..HEAD.len() + ID_LEN].copy_from_slice(self.id.to_string().as_bytes());
         Ok(json)
@@ -221,18 +225,27 @@ impl Manifest {
     pub fn read(file: File, path: &Path) -> Result<Self, FormatError> {
         let file = NamedFile::new(file, path, EXPECTED)?;
         let len = file.within(file.len(), MANIFEST_MAX, 0, "its length")?;
-        let mut json = file.read_vec(0, len, "the manifest")?;
-        check_format(&file, &json)?;
-        let id = cut_id(&file, &mut json)?;
+        Self::parse(&file.read_vec(0, len, "the manifest")?, path)
+    }
+
+    /// Takes the bytes of a manifest, which `path` names in messages, and checks that it is the one of its id.
+    pub fn parse(json: &[u8], path: &Path) -> Result<Self, FormatError> {
+        check_format(path, json)?;
+        let (id, json) = cut_id(path, json)?;
+        let corrupt = |offset: usize, what: String| FormatError::Corrupt {
+            file: path.to_owned(),
+            offset: offset as u64,
+            what,
+        };
         if Digest::of(&json) != id {
             let what = "the manifest is not the one of its id: it was changed";
-            return Err(file.corrupt(HEAD.len() as u64, what));
+            return Err(corrupt(HEAD.len(), what.to_owned()));
         }
-        let mut manifest: Self = parse(&file, &json, 0)?;
+        let mut manifest: Self = json::parse(path, &json, 0)?;
         manifest.id = id;
         match manifest.mistake() {
             None => Ok(manifest),
-            Some(what) => Err(file.corrupt(0, what)),
+            Some(what) => Err(corrupt(0, what)),
         }
     }
 
@@ -272,18 +285,18 @@ pub fn is_name(name: &str) -> bool {
 
 /// `state.bin` or a layer: nothing that leads out of the directory, nothing that stands for another file of it.
 fn is_file_name(name: &str) -> bool {
-    name == "state.bin" || name.strip_suffix(".layer").is_some_and(is_name)
+    name == STATE || name.strip_suffix(".layer").is_some_and(is_name)
 }
 
 /// Refuses what a newer program wrote before it is looked at any closer.
-fn check_format(file: &NamedFile, json: &[u8]) -> Result<(), FormatError> {
+fn check_format(path: &Path, json: &[u8]) -> Result<(), FormatError> {
     #[derive(Deserialize)]
     struct Format {
         format: u32,
     }
     match serde_json::from_slice(json) {
         Ok(Format { format }) if format > FORMAT => Err(FormatError::TooNew {
-            file: file.path().to_owned(),
+            file: path.to_owned(),
             offset: 0,
             what: EXPECTED,
             found: format,
@@ -294,26 +307,29 @@ fn check_format(file: &NamedFile, json: &[u8]) -> Result<(), FormatError> {
     }
 }
 
-/// Takes the id out of the manifest's bytes, and leaves zeros.
-fn cut_id(file: &NamedFile, json: &mut [u8]) -> Result<Digest, FormatError> {
+/// The id, and the manifest's bytes with zeros in its place.
+fn cut_id(path: &Path, json: &[u8]) -> Result<(Digest, Vec<u8>), FormatError> {
     let head = HEAD.as_bytes();
     if let Some(at) = (0..head.len()).find(|&at| json.get(at) != Some(&head[at])) {
         return Err(FormatError::NotOurs {
-            file: file.path().to_owned(),
+            file: path.to_owned(),
             offset: at as u64,
             expected: EXPECTED,
         });
     }
-    file.holds(head.len() as u64, ID_LEN as u64, "the id")?;
-    let digits = &mut json[head.len()..head.len() + ID_LEN];
-    let id = std::str::from_utf8(digits)
-        .ok()
-        .and_then(|text| text.parse().ok());
-    digits.fill(b'0');
-    id.ok_or_else(|| {
-        file.corrupt(
-            head.len() as u64,
-            "the id has not 64 lower-case hexadecimal digits",
-        )
-    })
+    let mut json = json.to_vec();
+    let digits = json.get_mut(head.len()..head.len() + ID_LEN);
+    let id = digits.and_then(|digits| {
+        let id = std::str::from_utf8(digits).ok()?.parse().ok()?;
+        digits.fill(b'0');
+        Some(id)
+    });
+    match id {
+        Some(id) => Ok((id, json)),
+        None => Err(FormatError::Corrupt {
+            file: path.to_owned(),
+            offset: head.len() as u64,
+            what: "the id has not 64 lower-case hexadecimal digits".to_owned(),
+        }),
+    }
 }

@@ -6,7 +6,6 @@
 //! The header's number is the length of the JSON in bytes; the body's digest is that of the JSON.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use serde::Serialize;
@@ -14,8 +13,9 @@ use serde::de::DeserializeOwned;
 
 use crate::digest::Digest;
 use crate::error::{FormatError, WriteError};
-use crate::file::NamedFile;
+use crate::file::{NamedFile, within, write_at};
 use crate::header::{HEADER_LEN, Header, Kind};
+use crate::json;
 
 /// Most bytes of JSON.
 pub const STATE_MAX: u64 = 64 << 20;
@@ -36,50 +36,35 @@ pub fn write<T: Serialize>(file: &File, path: &Path, state: &T) -> Result<Writte
         source,
     })?;
     let len = json.len() as u64;
-    if len > STATE_MAX {
-        return Err(WriteError::OverLimit {
-            file: path.to_owned(),
-            what: "the state in bytes",
-            value: len,
-            limit: STATE_MAX,
-        });
-    }
+    within(path, "the state in bytes", len, STATE_MAX)?;
     let header = Header {
         kind: Kind::State,
         numbers: [len, 0, 0, 0, 0, 0],
         body: Digest::of(&json),
     };
-    let write = |bytes: &[u8], offset| {
-        file.write_all_at(bytes, offset)
-            .map_err(|source| WriteError::Io {
-                file: path.to_owned(),
-                offset,
-                source,
-            })
-    };
-    write(&json, HEADER_LEN as u64)?;
+    write_at(file, path, &json, HEADER_LEN as u64)?;
     // Last: without it, it is no state file.
-    write(&header.encode(), 0)?;
+    write_at(file, path, &header.encode(), 0)?;
     Ok(Written {
         bytes: HEADER_LEN as u64 + len,
         digest: header.digest(),
     })
 }
 
-/// Reads a state, and the digest of its file.
-pub fn read<T: DeserializeOwned>(file: File, path: &Path) -> Result<(T, Digest), FormatError> {
+/// Reads a state, and what a manifest says of its file.
+pub fn read<T: DeserializeOwned>(file: File, path: &Path) -> Result<(T, Written), FormatError> {
     let file = NamedFile::new(file, path, Kind::State.name())?;
-    let (json, digest) = read_json(&file)?;
-    Ok((parse(&file, &json, HEADER_LEN as u64)?, digest))
+    let (json, written) = read_json(&file)?;
+    Ok((json::parse(path, &json, HEADER_LEN as u64)?, written))
 }
 
 /// Checks a state file without knowing what states there are.
-pub fn verify(file: File, path: &Path) -> Result<Digest, FormatError> {
+pub fn verify(file: File, path: &Path) -> Result<Written, FormatError> {
     let file = NamedFile::new(file, path, Kind::State.name())?;
     Ok(read_json(&file)?.1)
 }
 
-fn read_json(file: &NamedFile) -> Result<(Vec<u8>, Digest), FormatError> {
+fn read_json(file: &NamedFile) -> Result<(Vec<u8>, Written), FormatError> {
     let header = Header::read(file, Kind::State)?;
     let len = file.within(
         header.numbers[0],
@@ -96,54 +81,9 @@ fn read_json(file: &NamedFile) -> Result<(Vec<u8>, Digest), FormatError> {
             "the state does not have the digest that the header gives",
         ));
     }
-    Ok((json, header.digest()))
-}
-
-/// JSON that begins at `start` in `file`, every field of it known.
-pub(crate) fn parse<T: DeserializeOwned>(
-    file: &NamedFile,
-    json: &[u8],
-    start: u64,
-) -> Result<T, FormatError> {
-    let bad = |error: serde_json::Error| {
-        let offset = start + offset_of(json, error.line(), error.column());
-        file.corrupt(offset, format!("the JSON is not as it must be: {error}"))
+    let written = Written {
+        bytes: start + len,
+        digest: header.digest(),
     };
-    let mut unknown = None;
-    let mut source = serde_json::Deserializer::from_slice(json);
-    let value = serde_ignored::deserialize(&mut source, |path| {
-        unknown.get_or_insert_with(|| path.to_string());
-    })
-    .map_err(bad)?;
-    source.end().map_err(bad)?;
-    match unknown {
-        None => Ok(value),
-        Some(field) => Err(file.corrupt(
-            start,
-            format!(
-                "this vmm does not know the field {field}: a newer one wrote it, and can read it"
-            ),
-        )),
-    }
-}
-
-/// Offset of a place that is given as people count: lines and columns from 1.
-fn offset_of(text: &[u8], line: usize, column: usize) -> u64 {
-    let before = text
-        .split_inclusive(|&byte| byte == b'\n')
-        .take(line.saturating_sub(1));
-    (before.map(<[u8]>::len).sum::<usize>() + column.saturating_sub(1)) as u64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn places_are_counted_from_one() {
-        let text = b"{\n  12\n}";
-        assert_eq!(offset_of(text, 1, 1), 0);
-        assert_eq!(offset_of(text, 2, 3), 4);
-        assert_eq!(offset_of(text, 0, 0), 0);
-    }
+    Ok((json, written))
 }

@@ -4,13 +4,12 @@
 //! the space and the entries; each entry is a page's number in 4 bytes, little endian, and the body's digest is that of all entries.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::PAGES_MAX;
 use crate::digest::Digest;
 use crate::error::{FormatError, WriteError};
-use crate::file::NamedFile;
+use crate::file::{NamedFile, within, write_at};
 use crate::header::{HEADER_LEN, Header, Kind};
 
 /// Most entries: 64 GiB of pages.
@@ -24,27 +23,17 @@ pub fn write(
     total_pages: u64,
     working_set: &[u64],
 ) -> Result<(), WriteError> {
-    let limit = |what, value, limit| {
-        if value <= limit {
-            return Ok(());
-        }
-        Err(WriteError::OverLimit {
-            file: path.to_owned(),
-            what,
-            value,
-            limit,
-        })
-    };
     let count = working_set.len() as u64;
-    limit("the number of pages", total_pages, PAGES_MAX)?;
-    limit(
+    within(path, "the number of pages", total_pages, PAGES_MAX)?;
+    within(
+        path,
         "the working set in pages",
         count,
         WORKING_SET_MAX.min(total_pages),
     )?;
     let mut entries = Vec::with_capacity(working_set.len() * ENTRY_BYTES);
     for &page in working_set {
-        limit("a page of the working set", page, total_pages - 1)?;
+        within(path, "a page of the working set", page, total_pages - 1)?;
         // A space has fewer than 2^32 pages.
         entries.extend(&page.to_le_bytes()[..ENTRY_BYTES]);
     }
@@ -55,12 +44,7 @@ pub fn write(
     };
     let mut bytes = header.encode().to_vec();
     bytes.extend(entries);
-    file.write_all_at(&bytes, 0)
-        .map_err(|source| WriteError::Io {
-            file: path.to_owned(),
-            offset: 0,
-            source,
-        })
+    write_at(file, path, &bytes, 0)
 }
 
 /// Reads a working set of a space of `total_pages`.

@@ -12,7 +12,7 @@ use common::page;
 use snapshot_fmt::chain::{Chain, Run, Source};
 use snapshot_fmt::delta::DeltaWriter;
 use snapshot_fmt::layer::{Layer, offset_of_stored};
-use snapshot_fmt::{PAGE_SIZE, Page, pages};
+use snapshot_fmt::{PAGE_SIZE, Page, ops, pages};
 
 const ZEROS: Page = [0; PAGE_SIZE];
 const DEPTH: usize = 16;
@@ -175,6 +175,7 @@ fn run(seed: u64) {
     // More than a block of hashes, in most runs.
     let mut memory = Memory::new(1 + random.below(700));
     let mut names = Vec::new();
+    let mut past = Vec::new();
     let mut parent: Option<Chain> = None;
     for depth in 0..DEPTH {
         memory.write_some(&mut random);
@@ -184,9 +185,42 @@ fn run(seed: u64) {
         names.push(name);
         let chain = open_chain(dir.path(), &names);
         check(&chain, &memory);
+        past.push(memory.clone());
         parent = Some(chain);
     }
     parent.unwrap().verify().unwrap();
+    for _ in 0..6 {
+        check_operations(dir.path(), &names, &past, &mut random);
+    }
+}
+
+/// Two snapshots of one lineage, or of none in common: compared, flattened, and the one rebased onto the other.
+fn check_operations(dir: &Path, names: &[String], past: &[Memory], random: &mut Random) {
+    let (one, other) = (random.below(DEPTH), random.below(DEPTH));
+    let chain = open_chain(dir, &names[..=one]);
+    let mut parent = open_chain(dir, &names[..=other]);
+    let differ: Vec<u64> = (0..chain.total_pages())
+        .filter(|&number| past[one].pages[number as usize] != past[other].pages[number as usize])
+        .collect();
+    let ranges = ops::diff(&chain, &parent).unwrap();
+    assert!(ranges.windows(2).all(|pair| pair[0].end < pair[1].start));
+    assert_eq!(ranges.into_iter().flatten().collect::<Vec<_>>(), differ);
+
+    let (file, path) = common::create(dir, "flat.layer");
+    ops::flatten(&parent, file, &path).unwrap();
+    check_is_least(dir, "flat.layer", None);
+    let flat = open_chain(dir, &["flat.layer".to_owned()]);
+    check(&flat, &past[other]);
+    let mut below = names[..=other].to_vec();
+    if random.below(2) == 0 {
+        parent = flat;
+        below = vec!["flat.layer".to_owned()];
+    }
+    let (file, path) = common::create(dir, "rebased.layer");
+    ops::rebase(&chain, &parent, file, &path).unwrap();
+    check_is_least(dir, "rebased.layer", Some(&parent));
+    below.push("rebased.layer".to_owned());
+    check(&open_chain(dir, &below), &past[one]);
 }
 
 #[test]

@@ -4,7 +4,6 @@
 //! index and a small buffer alone, so that a forked child can use it.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +12,7 @@ use super::index::EXTENT_BYTES;
 use super::{EXTENTS_MAX, Extent, ExtentKind, hashes, offset_of_stored};
 use crate::digest::{Digest, PageHash};
 use crate::error::WriteError;
+use crate::file::{within, write_at};
 use crate::header::{Header, Kind};
 use crate::{PAGE_SIZE, PAGES_MAX, Page, as_usize, pages};
 
@@ -53,7 +53,8 @@ pub struct LayerWriter {
 impl LayerWriter {
     /// A layer over `total_pages` pages in the empty file `file`, which `path` names in messages.
     pub fn new(file: File, path: &Path, total_pages: u64) -> Result<Self, WriteError> {
-        let writer = Self {
+        within(path, "the number of pages", total_pages, PAGES_MAX)?;
+        Ok(Self {
             file,
             path: path.to_owned(),
             total_pages,
@@ -63,9 +64,7 @@ impl LayerWriter {
             zero_pages: 0,
             buffer: Vec::with_capacity(BUFFER),
             offset: offset_of_stored(0),
-        };
-        writer.limit("the number of pages", total_pages, PAGES_MAX)?;
-        Ok(writer)
+        })
     }
 
     /// Stores pages, from `first_page`; `bytes` are whole pages. They come behind all that came before.
@@ -164,7 +163,8 @@ impl LayerWriter {
             }
         }
         self.extents.push(extent);
-        self.limit(
+        within(
+            &self.path,
             "the number of extents",
             self.extents.len() as u64,
             EXTENTS_MAX,
@@ -196,18 +196,6 @@ impl LayerWriter {
         }
     }
 
-    fn limit(&self, what: &'static str, value: u64, limit: u64) -> Result<(), WriteError> {
-        if value <= limit {
-            return Ok(());
-        }
-        Err(WriteError::OverLimit {
-            file: self.path.clone(),
-            what,
-            value,
-            limit,
-        })
-    }
-
     fn put(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
         if self.buffer.len() + bytes.len() > BUFFER {
             self.flush()?;
@@ -229,11 +217,6 @@ impl LayerWriter {
     }
 
     fn write(&self, bytes: &[u8], offset: u64) -> Result<(), WriteError> {
-        let written = self.file.write_all_at(bytes, offset);
-        written.map_err(|source| WriteError::Io {
-            file: self.path.clone(),
-            offset,
-            source,
-        })
+        write_at(&self.file, &self.path, bytes, offset)
     }
 }

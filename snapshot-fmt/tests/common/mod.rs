@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use snapshot_fmt::digest::Digest;
-use snapshot_fmt::error::FormatError;
+use snapshot_fmt::error::{FormatError, WriteError};
 use snapshot_fmt::layer::{Layer, LayerSummary, LayerWriter};
 use snapshot_fmt::manifest::{
     CpuFingerprint, Drive, FileEntry, KernelFile, Machine, Manifest, MemoryRange, Warm,
 };
+use snapshot_fmt::pack::{self, Pack};
+use snapshot_fmt::snapshot::Snapshot;
 use snapshot_fmt::{PAGE_SIZE, Page, state_file, working_set};
 
 /// Pages of the space of the layers here.
@@ -52,7 +54,7 @@ pub fn create(dir: &Path, name: &str) -> (File, PathBuf) {
 
 /// A root layer: pages 0 to 2, and 1023.
 pub fn write_root(dir: &Path) -> LayerSummary {
-    let (file, path) = create(dir, "root.layer");
+    let (file, path) = create(dir, "memory.layer");
     let mut layer = LayerWriter::new(file, &path, TOTAL_PAGES).unwrap();
     layer
         .data(0, [page(1), page(2), page(3)].as_flattened())
@@ -134,20 +136,25 @@ pub fn write_all(dir: &Path) {
     };
     let mut manifest = sample_manifest(vec![
         entry("state.bin", state.bytes, state.digest),
-        entry("root.layer", root.bytes, root.digest),
+        entry("memory.layer", root.bytes, root.digest),
         entry("child.layer", child.bytes, child.digest),
     ]);
     let path = dir.join("manifest.json");
     std::fs::write(&path, manifest.seal(&path).unwrap()).unwrap();
+    let snapshot = Snapshot::open(dir).unwrap();
+    snapshot.verify().unwrap();
+    let (file, path) = create(dir, "sample.bough");
+    pack::pack(&snapshot, &file, &path).unwrap();
 }
 
 /// The files of [`write_all`].
-pub const FILES: [&str; 5] = [
+pub const FILES: [&str; 6] = [
     "state.bin",
-    "root.layer",
+    "memory.layer",
     "child.layer",
     "working-set",
     "manifest.json",
+    "sample.bough",
 ];
 
 /// Reads all of a file as what its name says.
@@ -157,6 +164,14 @@ pub fn read_all(path: &Path) -> Result<(), FormatError> {
         "state.bin" => state_file::read::<SampleState>(file, path).map(drop),
         "working-set" => working_set::read(file, path, TOTAL_PAGES).map(drop),
         "manifest.json" => Manifest::read(file, path).map(drop),
+        "sample.bough" => {
+            let dir = tempfile::tempdir().unwrap();
+            match Pack::open(file, path)?.unpack(dir.path()) {
+                Ok(_) => Ok(()),
+                Err(WriteError::Source(error)) => Err(error),
+                Err(error) => panic!("{error}"),
+            }
+        }
         _ => Layer::open(file, path)?.verify(),
     }
 }
