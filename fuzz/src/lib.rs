@@ -1,4 +1,4 @@
-//! Fuzz targets for everything that faces a guest or a client: what an input is, and what must hold after it.
+//! Fuzz targets for everything that faces a guest, a client or a foreign file: what an input is, and what must hold after it.
 //!
 //! Inputs are structured: lists of steps that a driver may take. Besides crashes, hangs and unbounded memory, which
 //! libFuzzer finds, each target checks what its device promises. For the devices that is, in [`guest`]: guest memory
@@ -13,5 +13,6 @@ pub mod kernel;
 pub mod pmem;
 pub mod rng;
 pub mod serial;
+pub mod snapshot;
 pub mod step;
 pub mod vsock;

@@ -1,0 +1,4 @@
+//! Working sets.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| bough_fuzz::snapshot::working_set(bytes));
