@@ -26,7 +26,7 @@ pub fn memory_mib(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "this is more than any host has".to_owned())
 }
 
-/// A duration: `30` (seconds), `1.5s`, `200ms`, `5m`, `1h`.
+/// A duration: `30` (seconds), `1.5s`, `200ms`, `5m`, `1h`, `7d`.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit() && c != '.');
     let factor = match &text[digits.len()..] {
@@ -34,21 +34,40 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         "ms" => 1e-3,
         "m" => 60.0,
         "h" => 3600.0,
+        "d" => 86_400.0,
         unit => {
             return Err(format!(
-                "unknown unit {unit:?}: give seconds, or a number with ms, s, m or h"
+                "unknown unit {unit:?}: give seconds, or a number with ms, s, m, h or d"
             ));
         }
     };
     let number: f64 = digits
         .parse()
-        .map_err(|_| "give seconds, or a number with ms, s, m or h".to_owned())?;
+        .map_err(|_| "give seconds, or a number with ms, s, m, h or d".to_owned())?;
     match Duration::try_from_secs_f64(number * factor) {
         Ok(duration) if duration.is_zero() => Err("give a duration above zero".to_owned()),
         Ok(duration) if duration <= DURATION_MAX => Ok(duration),
         Err(_) if number < 0.0 || number.is_nan() => Err("give a duration above zero".to_owned()),
         _ => Err("give a duration of at most 10 years, or none at all".to_owned()),
     }
+}
+
+/// A number of bytes in its largest unit, as people say it.
+pub fn bytes(bytes: u64) -> String {
+    let mut unit = 1;
+    for (name, next) in [("B", "K"), ("K", "M"), ("M", "G"), ("G", "T")] {
+        if bytes / unit < 1024 || next == "T" {
+            let tenths = bytes % unit * 10 / unit;
+            let whole = bytes / unit;
+            return if unit == 1 || whole >= 100 {
+                format!("{whole}{name}")
+            } else {
+                format!("{whole}.{tenths}{name}")
+            };
+        }
+        unit <<= 10;
+    }
+    unreachable!("the last unit takes all")
 }
 
 #[cfg(test)]
@@ -79,10 +98,11 @@ mod tests {
             ("200ms", 200),
             ("5m", 300_000),
             ("1h", 3_600_000),
+            ("7d", 604_800_000),
         ] {
             assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
         }
-        for text in ["", "s", "0", "-1", "1d", "1e400", "99999999999", "."] {
+        for text in ["", "s", "0", "-1", "1w", "1e400", "99999999999", "."] {
             assert!(duration(text).is_err(), "{text}");
         }
     }

@@ -108,6 +108,7 @@ pub fn sample_manifest(files: Vec<FileEntry>) -> Manifest {
             }],
             vsock_cid: Some(3),
         },
+        programs: Default::default(),
         cpu: CpuFingerprint {
             vendor: "GenuineIntel".to_owned(),
             model: "6/143/8".to_owned(),

@@ -52,7 +52,7 @@ impl Source {
         match self {
             Self::Boot(_) => None,
             Self::Saved(saved) => Some(Parent {
-                id: saved.manifest.id,
+                held: Arc::clone(saved.held()),
                 chain: Arc::clone(&saved.chain),
             }),
         }

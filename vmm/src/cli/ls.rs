@@ -136,7 +136,7 @@ pub fn ls(args: &LsArgs) -> Result<u8, CliError> {
 }
 
 /// A time in its largest unit, as people say it.
-fn age(seconds: u64) -> String {
+pub(super) fn age(seconds: u64) -> String {
     match seconds {
         0..=119 => format!("{seconds} s"),
         120..=7199 => format!("{} min", seconds / 60),

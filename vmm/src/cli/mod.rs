@@ -19,6 +19,7 @@ mod program;
 mod ready;
 mod restore;
 mod run;
+mod snap;
 mod snapshot;
 mod start;
 mod terminal;
@@ -85,6 +86,7 @@ enum Command {
     Resume(lifecycle::ResumeArgs),
     Stop(lifecycle::StopArgs),
     Rm(lifecycle::RmArgs),
+    Snap(snap::SnapArgs),
     Boot(boot::BootArgs),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
@@ -271,6 +273,7 @@ pub fn main(start: Instant) -> ExitCode {
         Command::Resume(args) => lifecycle::resume(&args),
         Command::Stop(args) => lifecycle::stop(&args),
         Command::Rm(args) => lifecycle::rm(&args),
+        Command::Snap(args) => snap::snap(&args),
         Command::Boot(args) => boot::boot(&args, start),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Completions(args) => completions::completions(&args),

@@ -11,7 +11,7 @@ use super::vm_spec::VmSpec;
 use crate::sizes::duration;
 use crate::snapshot::SnapshotError;
 use crate::snapshot::restore::Saved;
-use crate::snapshot::store::Store;
+use crate::store::Store;
 
 /// Start a sandbox that goes on where a snapshot was taken, and print its name
 ///
@@ -39,20 +39,16 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
     if !args.detached.monitor {
         return detached::start(&args.detached, "restoring");
     }
-    let saved = open(&args.snapshot).map_err(|error| CliError::BadInput(error.to_string()))?;
+    let saved = Store::of_user()
+        .map_err(SnapshotError::from)
+        .and_then(|store| Saved::open(&store, &args.snapshot))
+        .map_err(|error| CliError::BadInput(error.to_string()))?;
     let spec = VmSpec {
         name: args.name.clone(),
         labels: args.detached.label.iter().cloned().collect(),
         timeout: args.timeout,
-        ..VmSpec::of_snapshot(&saved.manifest)
+        ..VmSpec::of_snapshot(saved.manifest())
     };
     let source = Source::Saved(Box::new(saved));
     detached::monitor(Launch { spec, source }, args.timings, start)
-}
-
-fn open(reference: &str) -> Result<Saved, SnapshotError> {
-    let store = Store::open()?;
-    let (dir, manifest) = store.find(reference)?;
-    let chain = store.open_chain(&manifest)?;
-    Saved::open(&dir, manifest, chain)
 }

@@ -9,6 +9,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
 use super::CliError;
+use crate::data_dir::data_dir;
 use crate::sizes::{duration, memory_mib};
 
 /// A VM. What is not given here can be in the file of `--config`; [`VmArgs::resolve`] puts the two together.
@@ -130,14 +131,4 @@ fn installed(
             "neither XDG_DATA_HOME nor HOME is set: name the {what} with {flag}"
         ))),
     }
-}
-
-fn data_dir() -> Option<PathBuf> {
-    let var = |name| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    let base = var("XDG_DATA_HOME").or_else(|| Some(var("HOME")?.join(".local/share")))?;
-    Some(base.join("bough"))
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use snapshot_fmt::chain::Chain;
 use snapshot_fmt::digest::Digest;
-use snapshot_fmt::manifest::{Manifest, Programs};
+use snapshot_fmt::manifest::{MEMORY, Manifest, Programs};
 
 use super::types::{ErrorBody, ErrorCode, SnapshotRequest, SnapshotView};
 use crate::agent::Agent;
@@ -14,12 +14,12 @@ use crate::sandbox::record::{Record, now};
 use crate::snapshot::SnapshotError;
 use crate::snapshot::description::{cpu, describe};
 use crate::snapshot::save::save;
-use crate::snapshot::store::Store;
+use crate::store::{Held, Store, StoreError};
 
 /// What a sandbox's next snapshot is a difference to: the one that it was restored from, or the last that was taken.
 pub struct Parent {
-    /// Which.
-    pub id: Digest,
+    /// It; nobody can remove it.
+    pub held: Arc<Held>,
     /// Its memory.
     pub chain: Arc<Chain>,
 }
@@ -59,7 +59,7 @@ impl Snapshots {
         request: SnapshotRequest,
     ) -> Result<SnapshotView, SnapshotError> {
         let described = describe(&self.config)?;
-        let store = Store::open()?;
+        let store = Store::of_user()?;
         let mut parent = self.parent.lock().unwrap_or_else(PoisonError::into_inner);
         let base = parent.as_ref().filter(|_| !request.full);
         let draft = store.begin()?;
@@ -75,7 +75,7 @@ impl Snapshots {
             name: request.name,
             created: now(),
             software: concat!("bough-vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
-            parent: base.map(|parent| parent.id),
+            parent: base.map(|parent| parent.held.snapshot().id()),
             machine: described,
             programs: Programs {
                 env: record.env.clone(),
@@ -86,12 +86,10 @@ impl Snapshots {
             warm: None,
             files: written.files,
         };
-        let manifest = draft.publish(manifest)?;
-        let chain = Arc::new(store.open_chain(&manifest)?);
-        *parent = Some(Parent {
-            id: manifest.id,
-            chain,
-        });
+        let held = Arc::new(draft.publish(manifest)?);
+        let manifest = held.snapshot().manifest().clone();
+        let chain = Arc::new(store.chain(held.snapshot(), MEMORY)?);
+        *parent = Some(Parent { held, chain });
         let (memory, times) = (written.memory, written.times);
         let micros =
             |time: std::time::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
@@ -113,6 +111,7 @@ impl Snapshots {
 fn code(error: &SnapshotError) -> ErrorCode {
     match error {
         SnapshotError::WritableDrive { .. } => ErrorCode::Conflict,
+        SnapshotError::Store(StoreError::BadName { .. }) => ErrorCode::BadBody,
         _ => ErrorCode::Internal,
     }
 }

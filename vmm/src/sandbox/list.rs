@@ -105,7 +105,7 @@ pub fn find(name: &str) -> Result<Sandbox, FindError> {
 }
 
 /// One is the other but for its case or one character.
-fn alike(known: &str, name: &str) -> bool {
+pub(crate) fn alike(known: &str, name: &str) -> bool {
     strsim::damerau_levenshtein(&known.to_lowercase(), &name.to_lowercase()) <= 1
 }
 

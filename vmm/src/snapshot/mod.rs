@@ -7,7 +7,6 @@ pub mod description;
 pub mod memory_layer;
 pub mod restore;
 pub mod save;
-pub mod store;
 
 use std::io;
 use std::path::PathBuf;
@@ -16,11 +15,7 @@ use snapshot_fmt::error::{FormatError, WriteError};
 use thiserror::Error;
 
 use crate::machine::SaveError;
-
-/// File name of a snapshot's state.
-pub const STATE: &str = "state.bin";
-/// File name of a snapshot's memory.
-pub const MEMORY: &str = "memory.layer";
+use crate::store::StoreError;
 
 /// Why a snapshot could not be taken, or not be used.
 #[derive(Debug, Error)]
@@ -53,14 +48,9 @@ pub enum SnapshotError {
     /// A file of it cannot be read.
     #[error(transparent)]
     Format(#[from] FormatError),
-    /// The manifest does not name a file that every snapshot has.
-    #[error("{path}: the manifest names no {name}: the snapshot is not whole")]
-    NoFile {
-        /// The snapshot's directory.
-        path: PathBuf,
-        /// The missing file.
-        name: &'static str,
-    },
+    /// The store of snapshots refused.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// It was taken on another kind of processor.
     #[error(
         "the snapshot was taken on another processor: {what}; restore it on a host like the one it was made on"

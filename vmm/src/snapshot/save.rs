@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use snapshot_fmt::chain::Chain;
 use snapshot_fmt::layer::LayerSummary;
-use snapshot_fmt::manifest::FileEntry;
+use snapshot_fmt::manifest::{FileEntry, MEMORY, STATE};
 use snapshot_fmt::state::machine::MachineState;
 use snapshot_fmt::state_file;
 
+use super::SnapshotError;
 use super::memory_layer::LayerInProgress;
-use super::{MEMORY, STATE, SnapshotError};
 use crate::agent::{Agent, Quiet};
 use crate::machine::Machine;
 
