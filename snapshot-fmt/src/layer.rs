@@ -211,6 +211,21 @@ impl Layer {
         self.check(&self.hash_of(index)?, index, page, bytes)
     }
 
+    /// Reads as many stored pages from `index` on as `bytes` has room for, and checks each. `first_page` is the number of the
+    /// first in the space, for messages.
+    pub fn read_stored_run(
+        &self,
+        index: u64,
+        first_page: u64,
+        bytes: &mut [u8],
+    ) -> Result<(), FormatError> {
+        self.file.read(bytes, offset_of_stored(index), "pages")?;
+        for (bytes, nth) in pages(bytes).zip(0..) {
+            self.check_stored(index + nth, first_page + nth, bytes)?;
+        }
+        Ok(())
+    }
+
     /// Reads what the layer has at `page`, and checks it. `false` where that is the parent's: `bytes` stay as they are.
     pub fn read_page(&self, page: u64, bytes: &mut Page) -> Result<bool, FormatError> {
         match self.lookup(page) {
@@ -234,11 +249,7 @@ impl Layer {
             for done in (0..extent.count).step_by(as_usize(AT_ONCE)) {
                 let count = AT_ONCE.min(extent.count - done);
                 let bytes = &mut buffer[..PAGE_SIZE * as_usize(count)];
-                let offset = offset_of_stored(first_stored + done);
-                self.file.read(bytes, offset, "pages")?;
-                for (bytes, index) in pages(bytes).zip(done..) {
-                    self.check_stored(first_stored + index, extent.first_page + index, bytes)?;
-                }
+                self.read_stored_run(first_stored + done, extent.first_page + done, bytes)?;
             }
         }
         Ok(())
