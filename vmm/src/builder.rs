@@ -169,7 +169,7 @@ pub fn build(
         });
         let made = match (origin, kernel) {
             (Origin::Saved { state, pages }, _) => {
-                let pager = Pager::start(pages, &memory)?;
+                let pager = Pager::start(pages, &memory, &devices.exit)?;
                 timings.mark("pages mapped");
                 platform::restore(&vm, &state.platform)?;
                 let vcpus = vcpu::restore(&kvm, &vm, &state.vcpus, software)?;

@@ -1,19 +1,42 @@
-//! Gives a restored guest its memory: the pages of a chain of layers.
+//! Gives a restored guest its memory: the pages of a chain of layers, in one of two ways.
 //!
 //! By mapping: each run of pages is laid over guest memory, privately, straight from its layer's file. The host's kernel brings a page in when
-//! it is touched, all restores of a snapshot share the page cache, and a page that is written becomes the guest's own. What
-//! no layer has is anonymous memory, which is zero already. A chain of any depth comes down to the same merged runs.
+//! it is touched, all restores of a snapshot share the page cache, and a page that is written becomes the guest's own. Nothing is checked on the way.
+//!
+//! By faults: guest memory stays anonymous, and a thread brings each page when it is touched (userfaultfd), checked. A working set is
+//! brought ahead of the faults by a second thread.
+//!
+//! What no layer has is anonymous memory, which is zero already. A chain of any depth comes down to the same merged runs.
+
+#[cfg(test)]
+mod cost;
+mod map;
+mod replay;
+mod server;
+mod space;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
-use snapshot_fmt::chain::{Chain, Source};
-use snapshot_fmt::layer::offset_of_stored;
+use rustix::event::{EventfdFlags, eventfd};
+use snapshot_fmt::chain::Chain;
 use thiserror::Error;
 
+use self::server::Server;
+use self::space::Space;
+use crate::exit::ExitLatch;
 use crate::memory::{self, GuestMemory};
-use crate::sys::overlay::lay_over;
+use crate::sys::userfaultfd::Userfaultfd;
+
+/// Stack of the pager's threads, in bytes.
+const STACK_SIZE: usize = 128 << 10;
 
 /// Why a guest cannot have its pages.
 #[derive(Debug, Error)]
@@ -40,51 +63,182 @@ pub enum PagerError {
         /// What the system said.
         source: io::Error,
     },
+    /// There is no userfaultfd to be had.
+    #[error(
+        "cannot bring memory by faults: no userfaultfd: {0}; see vmm doctor, or have memory mapped"
+    )]
+    NoUserfaultfd(io::Error),
+    /// Guest memory cannot be watched.
+    #[error("cannot watch {count} pages of guest memory for faults: {source}")]
+    Register {
+        /// How many pages.
+        count: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// No eventfd, or no thread.
+    #[error("cannot start the pager: {0}")]
+    Start(io::Error),
+}
+
+/// How pages come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// They are mapped from their layers' files.
+    Map,
+    /// A thread brings and checks each.
+    Fault,
 }
 
 /// Where memory comes from.
 pub struct Pages {
     /// The layers.
     pub chain: Arc<Chain>,
+    /// The way.
+    pub mode: Mode,
+    /// Pages that will be wanted first, in their order, as an earlier [`Pager::working_set`] said. It may be empty.
+    pub working_set: Vec<u64>,
+}
+
+/// What was done, until now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PagerStats {
+    /// Faults that brought a stored page.
+    pub data_faults: u64,
+    /// Faults that brought zeros.
+    pub zero_faults: u64,
+    /// Pages of the working set that were brought before anybody asked.
+    pub pages_ahead: u64,
+    /// Time in which faults were served, from when they were read to when their pages were there.
+    pub serving: Duration,
+    /// Time in which the working set was brought.
+    pub replay: Duration,
 }
 
 /// What serves a guest's memory for as long as the guest lives.
 pub struct Pager {
-    _chain: Arc<Chain>,
+    chain: Arc<Chain>,
+    faults: Option<FaultPager>,
 }
 
 impl Pager {
-    /// Makes `memory`, which nobody has touched, that of the snapshot.
-    pub fn start(pages: Pages, memory: &GuestMemory) -> Result<Self, PagerError> {
-        let Pages { chain } = pages;
+    /// Makes `memory`, which nobody has touched, that of the snapshot. A page that cannot be had later on, by faults, is written to `exit`.
+    pub fn start(pages: Pages, memory: &GuestMemory, exit: &ExitLatch) -> Result<Self, PagerError> {
+        let Pages {
+            chain,
+            mode,
+            working_set,
+        } = pages;
         let machine = memory::total_pages(memory);
         if chain.total_pages() != machine {
             let saved = chain.total_pages();
             return Err(PagerError::Size { saved, machine });
         }
-        map(&chain, memory)?;
-        Ok(Self { _chain: chain })
+        let faults = match mode {
+            Mode::Map => {
+                map::map(&chain, memory)?;
+                None
+            }
+            Mode::Fault => Some(FaultPager::start(&chain, working_set, memory, exit)?),
+        };
+        Ok(Self { chain, faults })
+    }
+
+    /// The layers that memory comes from.
+    pub fn chain(&self) -> &Arc<Chain> {
+        &self.chain
+    }
+
+    /// The pages that were wanted until now and had not been brought ahead, in the order in which they were. Empty where memory is mapped.
+    pub fn working_set(&self) -> Vec<u64> {
+        self.server().map_or_else(Vec::new, Server::record)
+    }
+
+    /// What was done. Where memory is mapped, the host's kernel does it all.
+    pub fn stats(&self) -> PagerStats {
+        self.server()
+            .map_or_else(PagerStats::default, Server::stats)
+    }
+
+    /// Whether a page could not be had: whoever touched it waits until the process ends, and must not be waited for.
+    pub fn has_failed(&self) -> bool {
+        self.server().is_some_and(Server::has_failed)
+    }
+
+    fn server(&self) -> Option<&Server> {
+        self.faults.as_ref().map(|faults| &*faults.server)
     }
 }
 
-fn map(chain: &Chain, memory: &GuestMemory) -> Result<(), PagerError> {
-    for run in chain.data_runs() {
-        let Source::Data {
-            layer,
-            first_stored,
-        } = run.source
-        else {
-            continue;
+/// The threads that bring pages.
+struct FaultPager {
+    server: Arc<Server>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl FaultPager {
+    fn start(
+        chain: &Arc<Chain>,
+        working_set: Vec<u64>,
+        memory: &GuestMemory,
+        exit: &ExitLatch,
+    ) -> Result<Self, PagerError> {
+        let uffd = Userfaultfd::new().map_err(PagerError::NoUserfaultfd)?;
+        let areas = space::areas(chain);
+        for area in &areas {
+            let count = area.end - area.start;
+            for (_, slice) in memory::pages(memory, area.start, count) {
+                uffd.register(&slice)
+                    .map_err(|source| PagerError::Register { count, source })?;
+            }
+        }
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let wake = eventfd(0, flags).map_err(|errno| PagerError::Start(errno.into()))?;
+        let server = Server::new(
+            Arc::clone(chain),
+            Space::of(memory),
+            areas,
+            uffd,
+            wake,
+            exit.clone(),
+        );
+        let mut pager = Self {
+            server: Arc::new(server),
+            threads: Vec::new(),
         };
-        let layer = &chain.layers()[layer];
-        for (page, slice) in memory::pages(memory, run.first_page, run.count) {
-            let offset = offset_of_stored(first_stored + (page - run.first_page));
-            lay_over(&slice, layer.file(), offset).map_err(|source| PagerError::Map {
-                path: layer.path().to_owned(),
-                count: run.count,
-                source,
-            })?;
+        pager.spawn("pager", Server::run)?;
+        if !working_set.is_empty() {
+            pager.spawn("replay", move |server| replay::replay(server, &working_set))?;
+        }
+        Ok(pager)
+    }
+
+    fn spawn(
+        &mut self,
+        name: &str,
+        work: impl FnOnce(&Server) + Send + 'static,
+    ) -> Result<(), PagerError> {
+        let server = Arc::clone(&self.server);
+        let thread = Builder::new()
+            .name(name.to_owned())
+            .stack_size(STACK_SIZE)
+            .spawn(move || work(&server));
+        self.threads.push(thread.map_err(PagerError::Start)?);
+        Ok(())
+    }
+}
+
+impl Drop for FaultPager {
+    fn drop(&mut self) {
+        if self.server.has_failed() {
+            // Somebody may still wait, and would find zeros where the userfaultfd was closed.
+            std::mem::forget(Arc::clone(&self.server));
+            return;
+        }
+        self.server.stop();
+        for thread in self.threads.drain(..) {
+            // A panic has been reported, and has ended the VM.
+            let _ = thread.join();
         }
     }
-    Ok(())
 }

@@ -152,7 +152,8 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::pager::{Pager, Pages};
+    use crate::exit::ExitLatch;
+    use crate::pager::{Mode, Pager, Pages};
     use std::sync::Arc;
 
     const RAM: [(u64, u64); 2] = [(0, 64 << 12), (1 << 20, 64 << 12)];
@@ -169,8 +170,12 @@ mod tests {
 
     fn restored(layers: Vec<Layer>) -> GuestMemory {
         let memory = memory::create(&RAM).unwrap();
-        let chain = Arc::new(Chain::new(layers).unwrap());
-        Pager::start(Pages { chain }, &memory).unwrap();
+        let pages = Pages {
+            chain: Arc::new(Chain::new(layers).unwrap()),
+            mode: Mode::Map,
+            working_set: Vec::new(),
+        };
+        Pager::start(pages, &memory, &ExitLatch::new().unwrap()).unwrap();
         memory
     }
 
