@@ -152,7 +152,7 @@ pub fn monitor(launch: Launch, show_timings: bool, start: Instant) -> Result<u8,
     if let Some(ending) = watch.end() {
         return Err(boot.cut_short(ending));
     }
-    let snapshots = Snapshots::new(config, launch.source.parent());
+    let snapshots = Snapshots::new(config, launch.source.origin(), launch.source.parent());
     let control = Control::new(record, paths.clone(), start, &machine, agent, snapshots);
     let control = Arc::new(control);
     let server = Server::start(&paths.api_socket(), Arc::clone(&control)).map_err(broken)?;

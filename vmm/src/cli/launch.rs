@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use snapshot_fmt::chain::Chain;
+
 use super::vm_args::{installed_image, installed_kernel};
 use super::vm_spec::VmSpec;
 use super::{CliError, ending_status};
@@ -13,7 +15,6 @@ use crate::control::snapshot::Parent;
 use crate::host;
 use crate::kvm::install_kick_handler;
 use crate::machine::Machine;
-use crate::pager::Pages;
 use crate::sandbox::{SandboxDir, SandboxPaths};
 use crate::snapshot::restore::Saved;
 use crate::supervisor::{Signals, Supervisor};
@@ -47,6 +48,14 @@ pub enum Source {
 }
 
 impl Source {
+    /// What the machine's memory begins with, where that is not zeros.
+    pub fn origin(&self) -> Option<Arc<Chain>> {
+        match self {
+            Self::Boot(_) => None,
+            Self::Saved(saved) => Some(Arc::clone(&saved.chain)),
+        }
+    }
+
     /// What the machine's first snapshot is a difference to.
     pub fn parent(&self) -> Option<Parent> {
         match self {
@@ -92,9 +101,7 @@ impl Launch {
             Source::Boot(_) => Origin::Boot,
             Source::Saved(saved) => Origin::Saved {
                 state: &saved.state,
-                pages: Pages {
-                    chain: Arc::clone(&saved.chain),
-                },
+                pages: saved.pages(),
             },
         };
         Ok(builder::build(config, origin, timings)?)

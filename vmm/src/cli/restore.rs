@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::CliError;
 use super::detached::{self, DetachedArgs};
 use super::launch::{Launch, Source};
 use super::vm_spec::VmSpec;
+use crate::pager::Mode;
 use crate::sizes::duration;
 use crate::snapshot::SnapshotError;
 use crate::snapshot::restore::Saved;
@@ -24,6 +25,9 @@ pub struct RestoreArgs {
     /// What to call the sandbox [default: its id]
     #[arg(value_name = "NAME")]
     name: Option<String>,
+    /// How its memory comes: mapped from the files, or page by page when one is wanted, each checked
+    #[arg(long, value_name = "HOW", value_enum, default_value = "map")]
+    pages: PagesArg,
     /// End it after this time
     #[arg(long, value_name = "TIME", value_parser = duration)]
     timeout: Option<Duration>,
@@ -34,6 +38,24 @@ pub struct RestoreArgs {
     detached: DetachedArgs,
 }
 
+/// The ways of [`Mode`].
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum PagesArg {
+    /// Mapped from the snapshot's files
+    Map,
+    /// By faults, each page checked
+    Fault,
+}
+
+impl From<PagesArg> for Mode {
+    fn from(arg: PagesArg) -> Self {
+        match arg {
+            PagesArg::Map => Self::Map,
+            PagesArg::Fault => Self::Fault,
+        }
+    }
+}
+
 /// Carries out `vmm restore`.
 pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
     if !args.detached.monitor {
@@ -41,7 +63,7 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
     }
     let saved = Store::of_user()
         .map_err(SnapshotError::from)
-        .and_then(|store| Saved::open(&store, &args.snapshot))
+        .and_then(|store| Saved::open(&store, &args.snapshot, args.pages.into()))
         .map_err(|error| CliError::BadInput(error.to_string()))?;
     let spec = VmSpec {
         name: args.name.clone(),

@@ -13,6 +13,7 @@ use crate::machine::Machine;
 use crate::sandbox::record::{Record, now};
 use crate::snapshot::SnapshotError;
 use crate::snapshot::description::{cpu, describe};
+use crate::snapshot::memory_layer::Lineage;
 use crate::snapshot::save::save;
 use crate::store::{Held, Store, StoreError};
 
@@ -27,14 +28,18 @@ pub struct Parent {
 /// A sandbox's snapshots: one at a time.
 pub struct Snapshots {
     config: VmConfig,
+    /// What the machine's memory began with.
+    origin: Option<Arc<Chain>>,
     parent: Mutex<Option<Parent>>,
 }
 
 impl Snapshots {
-    /// For the machine of `config`, which goes on from `parent`, if it was restored.
-    pub fn new(config: VmConfig, parent: Option<Parent>) -> Self {
+    /// For the machine of `config`, whose memory began with `origin`, and whose first snapshot is a difference to `parent`: the
+    /// snapshot that it was restored from, if it is one of the user's.
+    pub fn new(config: VmConfig, origin: Option<Arc<Chain>>, parent: Option<Parent>) -> Self {
         Self {
             config,
+            origin,
             parent: Mutex::new(parent),
         }
     }
@@ -62,13 +67,12 @@ impl Snapshots {
         let store = Store::of_user()?;
         let mut parent = self.parent.lock().unwrap_or_else(PoisonError::into_inner);
         let base = parent.as_ref().filter(|_| !request.full);
+        let lineage = Lineage {
+            origin: self.origin.as_deref(),
+            parent: base.map(|parent| &*parent.chain),
+        };
         let draft = store.begin()?;
-        let written = save(
-            machine,
-            agent,
-            draft.path(),
-            base.map(|parent| &*parent.chain),
-        )?;
+        let written = save(machine, agent, draft.path(), lineage)?;
         let manifest = Manifest {
             format: 0,
             id: Digest([0; 32]),

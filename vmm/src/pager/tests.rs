@@ -12,7 +12,7 @@ use tempfile::NamedTempFile;
 use super::testing::{Random, chain, content, guest, layer, read, restore, touch, write};
 use super::{Mode, PagerError, Pages};
 use crate::exit::{ExitLatch, ExitReason};
-use crate::snapshot::memory_layer::LayerInProgress;
+use crate::snapshot::memory_layer::{LayerInProgress, Lineage};
 
 const LONG: Duration = Duration::from_secs(20);
 /// How long one waits for what must not happen.
@@ -280,7 +280,11 @@ fn pages_that_have_not_arrived_are_not_saved() {
     write(memory, 501, &content(502));
     let before = restored.pager.stats();
     let file = NamedTempFile::new().unwrap();
-    let saved = LayerInProgress::begin(memory, file.as_file(), file.path(), Some(&parent)).unwrap();
+    let lineage = Lineage {
+        origin: Some(&parent),
+        parent: Some(&parent),
+    };
+    let saved = LayerInProgress::begin(memory, file.as_file(), file.path(), lineage).unwrap();
     // It is of the moment it was begun, while pages go on arriving.
     write(memory, 30, &content(2000));
     touch(memory, 450);

@@ -14,8 +14,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use snapshot_fmt::chain::Chain;
+use snapshot_fmt::chain::{Chain, Source};
 use snapshot_fmt::delta::DeltaWriter;
+use snapshot_fmt::error::WriteError;
 use snapshot_fmt::layer::LayerSummary;
 use snapshot_fmt::{PAGE_BYTES, PAGE_SIZE};
 
@@ -28,6 +29,22 @@ const SWAPPED: u64 = 1 << 62;
 const OF_FILE: u64 = 1 << 61;
 /// Pages whose entries are read at once: 64 KiB of entries, 32 MiB of memory.
 const PAGES_PER_READ: usize = 8192;
+
+/// What a machine's memory goes back to.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Lineage<'a> {
+    /// What memory began with, before anybody wrote to it; nothing but zeros where this is nothing.
+    pub origin: Option<&'a Chain>,
+    /// What the layer is a difference to: the origin, or what was saved of this machine since. Without it the layer holds everything.
+    pub parent: Option<&'a Chain>,
+}
+
+impl Lineage<'_> {
+    /// Where pages come from that nobody has written to, if they belong into the layer.
+    fn untouched(&self) -> Option<&Chain> {
+        self.origin.filter(|_| self.parent.is_none())
+    }
+}
 
 /// A layer that is being written by a child.
 pub struct LayerInProgress {
@@ -43,24 +60,25 @@ enum Answer {
 }
 
 impl LayerInProgress {
-    /// Begins to write `memory` as it is now to `file`, which `path` names in messages, as far as it differs from `parent`. What
-    /// memory began with, before anybody wrote to it, must be an ancestor's or zero. The machine stands still until this returns.
+    /// Begins to write `memory` as it is now to `file`, which `path` names in messages. The machine stands still until this
+    /// returns.
     pub fn begin(
         memory: &GuestMemory,
         file: &File,
         path: &Path,
-        parent: Option<&Chain>,
+        lineage: Lineage<'_>,
     ) -> io::Result<Self> {
         let (answer, question) = pipe()?;
         let own = file.try_clone()?;
-        let layers = parent.map_or(&[][..], Chain::layers);
+        let chains = [lineage.origin, lineage.parent];
+        let layers = chains.into_iter().flatten().flat_map(Chain::layers);
         let mut keep = vec![own.as_fd(), question.as_fd()];
-        keep.extend(layers.iter().map(|layer| layer.file().as_fd()));
+        keep.extend(layers.map(|layer| layer.file().as_fd()));
         let child = Child::fork(&keep, |frozen| {
             let result = own
                 .try_clone()
                 .map_err(|error| error.to_string())
-                .and_then(|own| write(frozen, memory, own, path, parent));
+                .and_then(|own| write(frozen, memory, own, path, lineage));
             let answer = result.map_or_else(Answer::Failed, Answer::Written);
             let sent =
                 serde_json::to_vec(&answer).is_ok_and(|text| (&question).write_all(&text).is_ok());
@@ -93,13 +111,13 @@ fn write(
     memory: &GuestMemory,
     file: File,
     path: &Path,
-    parent: Option<&Chain>,
+    lineage: Lineage<'_>,
 ) -> Result<LayerSummary, String> {
     let total = memory::total_pages(memory);
     let pagemap = File::open("/proc/self/pagemap")
         .map_err(|error| format!("cannot read /proc/self/pagemap: {error}"))?;
     let mut layer =
-        DeltaWriter::new(file, path, total, parent).map_err(|error| error.to_string())?;
+        DeltaWriter::new(file, path, total, lineage.parent).map_err(|error| error.to_string())?;
     for (first_page, slice) in memory::pages(memory, 0, total) {
         let bytes = frozen.bytes(&slice);
         let address = bytes.as_ptr() as u64;
@@ -112,14 +130,15 @@ fn write(
             let mut page = from;
             for run in entries.chunk_by(|a, b| is_private(*a) == is_private(*b)) {
                 let end = page + run.len();
-                if is_private(run[0]) {
-                    layer
-                        .put(
-                            first_page + page as u64,
-                            &bytes[page * PAGE_SIZE..end * PAGE_SIZE],
-                        )
-                        .map_err(|error| error.to_string())?;
-                }
+                let first = first_page + page as u64;
+                let written = if is_private(run[0]) {
+                    layer.put(first, &bytes[page * PAGE_SIZE..end * PAGE_SIZE])
+                } else if let Some(origin) = lineage.untouched() {
+                    copy(origin, first, run.len() as u64, &mut layer)
+                } else {
+                    Ok(())
+                };
+                written.map_err(|error| error.to_string())?;
                 page = end;
             }
         }
@@ -128,6 +147,27 @@ fn write(
     file.sync_all()
         .map_err(|error| format!("{}: cannot be written out: {error}", path.display()))?;
     Ok(summary)
+}
+
+/// Adds the pages that are as the machine began with them. They are read from the layers, where they are checked: in memory they may not have
+/// arrived.
+fn copy(
+    origin: &Chain,
+    first_page: u64,
+    count: u64,
+    layer: &mut DeltaWriter<'_>,
+) -> Result<(), WriteError> {
+    let mut bytes = [0; PAGE_SIZE];
+    for run in origin.runs(first_page, first_page + count) {
+        if run.source == Source::Zero {
+            continue;
+        }
+        for page in run.first_page..run.end() {
+            origin.read_page(page, &mut bytes)?;
+            layer.put(page, &bytes)?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether an entry of pagemap is that of a page of our own: neither absent nor a file's. One of zeros counts too.
@@ -158,9 +198,9 @@ mod tests {
 
     const RAM: [(u64, u64); 2] = [(0, 64 << 12), (1 << 20, 64 << 12)];
 
-    fn save(memory: &GuestMemory, parent: Option<&Chain>) -> (Layer, LayerSummary) {
+    fn save(memory: &GuestMemory, lineage: Lineage<'_>) -> (Layer, LayerSummary) {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let layer = LayerInProgress::begin(memory, file.as_file(), file.path(), parent).unwrap();
+        let layer = LayerInProgress::begin(memory, file.as_file(), file.path(), lineage).unwrap();
         let summary = layer.finish().unwrap();
         (
             Layer::open(file.reopen().unwrap(), file.path()).unwrap(),
@@ -199,7 +239,7 @@ mod tests {
         for (page, byte) in [(0, 1), (63, 2), (64, 3), (100, 0)] {
             fill(&memory, page, byte);
         }
-        let (layer, summary) = save(&memory, None);
+        let (layer, summary) = save(&memory, Lineage::default());
         assert_eq!((summary.data_pages, summary.zero_pages), (3, 0));
         assert_eq!(first_bytes(&restored(vec![layer])), first_bytes(&memory));
     }
@@ -210,7 +250,7 @@ mod tests {
         for page in 0..20 {
             fill(&memory, page, 5);
         }
-        let memory = restored(vec![save(&memory, None).0]);
+        let memory = restored(vec![save(&memory, Lineage::default()).0]);
         fill(&memory, 3, 6);
         fill(&memory, 4, 0);
         fill(&memory, 5, 5);
@@ -221,15 +261,19 @@ mod tests {
         for page in 0..20 {
             fill(&root, page, 5);
         }
-        let root = save(&root, None).0;
+        let root = save(&root, Lineage::default()).0;
         let chain = Chain::new(vec![root]).unwrap();
-        let (layer, summary) = save(&memory, Some(&chain));
+        let lineage = Lineage {
+            origin: Some(&chain),
+            parent: Some(&chain),
+        };
+        let (layer, summary) = save(&memory, lineage);
         assert_eq!((summary.data_pages, summary.zero_pages), (2, 1));
         let again = memory::create(&RAM).unwrap();
         for page in 0..20 {
             fill(&again, page, 5);
         }
-        let root = save(&again, None).0;
+        let root = save(&again, Lineage::default()).0;
         assert_eq!(
             first_bytes(&restored(vec![root, layer])),
             first_bytes(&memory)
@@ -237,11 +281,37 @@ mod tests {
     }
 
     #[test]
+    fn a_layer_of_everything_holds_what_was_never_touched() {
+        let root = memory::create(&RAM).unwrap();
+        (10..30).for_each(|page| fill(&root, page, 5));
+        let (root, _) = save(&root, Lineage::default());
+        let chain = Arc::new(Chain::new(vec![root]).unwrap());
+        let memory = memory::create(&RAM).unwrap();
+        let pages = Pages {
+            chain: Arc::clone(&chain),
+            mode: Mode::Map,
+            working_set: Vec::new(),
+        };
+        let pager = Pager::start(pages, &memory, &ExitLatch::new().unwrap());
+        fill(&memory, 12, 6);
+        let lineage = Lineage {
+            origin: Some(&chain),
+            parent: None,
+        };
+        let (layer, summary) = save(&memory, lineage);
+        assert_eq!((summary.data_pages, summary.zero_pages), (20, 0));
+        assert_eq!(first_bytes(&restored(vec![layer])), first_bytes(&memory));
+        drop(pager);
+    }
+
+    #[test]
     fn the_layer_is_of_the_moment_it_was_begun() {
         let memory = memory::create(&RAM).unwrap();
         (0..128).for_each(|page| fill(&memory, page, 1));
         let file = tempfile::NamedTempFile::new().unwrap();
-        let layer = LayerInProgress::begin(&memory, file.as_file(), file.path(), None).unwrap();
+        let layer =
+            LayerInProgress::begin(&memory, file.as_file(), file.path(), Lineage::default())
+                .unwrap();
         (0..128).for_each(|page| fill(&memory, page, 2));
         layer.finish().unwrap();
         let layer = Layer::open(file.reopen().unwrap(), file.path()).unwrap();
@@ -253,8 +323,13 @@ mod tests {
         let memory = memory::create(&RAM).unwrap();
         (0..128).for_each(|page| fill(&memory, page, 1));
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let layer =
-            LayerInProgress::begin(&memory, &full, Path::new("memory.layer"), None).unwrap();
+        let layer = LayerInProgress::begin(
+            &memory,
+            &full,
+            Path::new("memory.layer"),
+            Lineage::default(),
+        )
+        .unwrap();
         let error = layer.finish().unwrap_err().to_string();
         assert!(error.contains("memory.layer"), "{error}");
     }

@@ -8,6 +8,7 @@ use snapshot_fmt::state::machine::MachineState;
 
 use super::{SnapshotError, description};
 use crate::config::{ConsoleConfig, VmConfig, VsockConfig};
+use crate::pager::{Mode, Pages};
 use crate::store::{Held, Store};
 
 /// A snapshot that was found whole and fit for this host. Nobody can remove it meanwhile.
@@ -16,18 +17,26 @@ pub struct Saved {
     pub state: MachineState,
     /// Memory.
     pub chain: Arc<Chain>,
+    /// How its pages come.
+    pub mode: Mode,
+    working_set: Vec<u64>,
     held: Arc<Held>,
 }
 
 impl Saved {
     /// Opens the snapshot of `store` that `reference` means.
-    pub fn open(store: &Store, reference: &str) -> Result<Self, SnapshotError> {
+    pub fn open(store: &Store, reference: &str, mode: Mode) -> Result<Self, SnapshotError> {
         let held = store.hold(reference)?;
         let snapshot = held.snapshot();
         description::check_cpu(&snapshot.manifest().cpu, &description::cpu())?;
         Ok(Self {
             state: snapshot.state()?,
             chain: Arc::new(store.chain(snapshot, MEMORY)?),
+            mode,
+            working_set: match mode {
+                Mode::Map => Vec::new(),
+                Mode::Fault => snapshot.working_set()?.unwrap_or_default(),
+            },
             held: Arc::new(held),
         })
     }
@@ -35,6 +44,15 @@ impl Saved {
     /// What it is.
     pub fn manifest(&self) -> &Manifest {
         self.held.snapshot().manifest()
+    }
+
+    /// Its memory, for a machine that goes on.
+    pub fn pages(&self) -> Pages {
+        Pages {
+            chain: Arc::clone(&self.chain),
+            mode: self.mode,
+            working_set: self.working_set.clone(),
+        }
     }
 
     /// What keeps it from being removed.

@@ -4,14 +4,13 @@ use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use snapshot_fmt::chain::Chain;
 use snapshot_fmt::layer::LayerSummary;
 use snapshot_fmt::manifest::{FileEntry, MEMORY, STATE};
 use snapshot_fmt::state::machine::MachineState;
 use snapshot_fmt::state_file;
 
 use super::SnapshotError;
-use super::memory_layer::LayerInProgress;
+use super::memory_layer::{LayerInProgress, Lineage};
 use crate::agent::{Agent, Quiet};
 use crate::machine::Machine;
 
@@ -39,13 +38,13 @@ pub struct Times {
     pub total: Duration,
 }
 
-/// Writes `machine` as it is now to `dir`, its memory as it differs from `parent`'s. `agent` is the connection that its guest's
+/// Writes `machine` as it is now to `dir`, its memory as `lineage` wants it. `agent` is the connection that its guest's
 /// agent has made to the host, if there still is one: it is kept over a restore where it is at rest.
 pub fn save(
     machine: &Machine,
     agent: Option<&Agent>,
     dir: &Path,
-    parent: Option<&Chain>,
+    lineage: Lineage<'_>,
 ) -> Result<Written, SnapshotError> {
     let make = |name: &str| {
         let path = dir.join(name);
@@ -67,7 +66,7 @@ pub fn save(
     let frozen = machine.freeze(|mut state: MachineState| {
         state.settle_agent(quiet.as_ref().and_then(Quiet::state));
         let had = start.elapsed();
-        let memory = LayerInProgress::begin(machine.memory(), &layer, &layer_path, parent);
+        let memory = LayerInProgress::begin(machine.memory(), &layer, &layer_path, lineage);
         (state, memory, had, start.elapsed())
     })?;
     let pause = start.elapsed();
