@@ -64,6 +64,7 @@ impl Link {
             writing: Mutex::default(),
             state: Mutex::new(State {
                 last_id,
+                partial: frames.is_partial(),
                 ..State::default()
             }),
             released: Condvar::new(),
