@@ -3,18 +3,16 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use snapshot_fmt::chain::Chain;
-use snapshot_fmt::digest::Digest;
-use snapshot_fmt::manifest::{MEMORY, Manifest, Programs};
+use snapshot_fmt::manifest::{MEMORY, Programs};
 
 use super::types::{ErrorBody, ErrorCode, SnapshotRequest, SnapshotView};
 use crate::agent::Agent;
 use crate::config::VmConfig;
 use crate::machine::Machine;
-use crate::sandbox::record::{Record, now};
+use crate::sandbox::record::Record;
 use crate::snapshot::SnapshotError;
-use crate::snapshot::description::{cpu, describe};
 use crate::snapshot::memory_layer::Lineage;
-use crate::snapshot::save::save;
+use crate::snapshot::save::{Order, Taken, take};
 use crate::store::{Held, Store, StoreError};
 
 /// What a sandbox's next snapshot is a difference to: the one that it was restored from, or the last that was taken.
@@ -63,38 +61,35 @@ impl Snapshots {
         record: &Record,
         request: SnapshotRequest,
     ) -> Result<SnapshotView, SnapshotError> {
-        let described = describe(&self.config)?;
         let store = Store::of_user()?;
         let mut parent = self.parent.lock().unwrap_or_else(PoisonError::into_inner);
         let base = parent.as_ref().filter(|_| !request.full);
-        let lineage = Lineage {
-            origin: self.origin.as_deref(),
-            parent: base.map(|parent| &*parent.chain),
-        };
-        let draft = store.begin()?;
-        let written = save(machine, agent, draft.path(), lineage)?;
-        let manifest = Manifest {
-            format: 0,
-            id: Digest([0; 32]),
-            name: request.name,
-            created: now(),
-            software: concat!("bough-vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
-            parent: base.map(|parent| parent.held.snapshot().id()),
-            machine: described,
+        let order = Order {
+            machine,
+            config: &self.config,
+            agent,
             programs: Programs {
                 env: record.env.clone(),
                 cwd: record.cwd.clone(),
                 user: record.user.clone(),
             },
-            cpu: cpu(),
-            warm: None,
-            files: written.files,
+            name: request.name,
+            lineage: Lineage {
+                origin: self.origin.as_deref(),
+                parent: base.map(|parent| &*parent.chain),
+            },
+            parent: base.map(|parent| parent.held.snapshot().id()),
         };
-        let held = Arc::new(draft.publish(manifest)?);
+        let Taken {
+            held,
+            memory,
+            times,
+        } = take(order, &store)?;
         let manifest = held.snapshot().manifest().clone();
-        let chain = Arc::new(store.chain(held.snapshot(), MEMORY)?);
-        *parent = Some(Parent { held, chain });
-        let (memory, times) = (written.memory, written.times);
+        *parent = Some(Parent {
+            chain: Arc::new(store.chain(held.snapshot(), MEMORY)?),
+            held: Arc::new(held),
+        });
         let micros =
             |time: std::time::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Ok(SnapshotView {

@@ -1,27 +1,49 @@
-//! Takes a snapshot: what a machine is made of, into the files of a directory.
+//! Takes a snapshot of a machine, into a store.
 
 use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use snapshot_fmt::digest::Digest;
 use snapshot_fmt::layer::LayerSummary;
-use snapshot_fmt::manifest::{FileEntry, MEMORY, STATE};
+use snapshot_fmt::manifest::{FORMAT, FileEntry, MEMORY, Manifest, Programs, STATE};
 use snapshot_fmt::state::machine::MachineState;
 use snapshot_fmt::state_file;
 
 use super::SnapshotError;
+use super::description::{cpu, describe};
 use super::memory_layer::{LayerInProgress, Lineage};
 use crate::agent::{Agent, Quiet};
+use crate::config::VmConfig;
 use crate::machine::Machine;
+use crate::sandbox::record::now;
+use crate::store::{Held, Store};
 
-/// A machine's state and memory, written and synced.
-#[derive(Debug)]
-pub struct Written {
-    /// The files, for the manifest.
-    pub files: Vec<FileEntry>,
-    /// What the memory came to.
+/// A snapshot to be taken.
+pub struct Order<'a> {
+    /// The machine.
+    pub machine: &'a Machine,
+    /// What it was made of.
+    pub config: &'a VmConfig,
+    /// The connection that its guest's agent has made to the host, if there still is one. It is kept over a restore where it is at rest.
+    pub agent: Option<&'a Agent>,
+    /// How programs are run in it.
+    pub programs: Programs,
+    /// What to call the snapshot.
+    pub name: Option<String>,
+    /// What memory goes back to.
+    pub lineage: Lineage<'a>,
+    /// The snapshot of `lineage`'s parent.
+    pub parent: Option<Digest>,
+}
+
+/// A snapshot that was taken.
+pub struct Taken {
+    /// It, kept from being removed.
+    pub held: Held,
+    /// What its memory came to.
     pub memory: LayerSummary,
-    /// How long the machine stood still, and from when to when its memory was being copied.
+    /// How long that took.
     pub times: Times,
 }
 
@@ -38,14 +60,39 @@ pub struct Times {
     pub total: Duration,
 }
 
-/// Writes `machine` as it is now to `dir`, its memory as `lineage` wants it. `agent` is the connection that its guest's
-/// agent has made to the host, if there still is one: it is kept over a restore where it is at rest.
-pub fn save(
-    machine: &Machine,
-    agent: Option<&Agent>,
-    dir: &Path,
-    lineage: Lineage<'_>,
-) -> Result<Written, SnapshotError> {
+/// Takes a snapshot, and puts it into `store`.
+pub fn take(order: Order<'_>, store: &Store) -> Result<Taken, SnapshotError> {
+    let machine = describe(order.config)?;
+    let draft = store.begin()?;
+    let written = write(&order, draft.path())?;
+    let manifest = Manifest {
+        format: FORMAT,
+        id: Digest([0; 32]),
+        name: order.name,
+        created: now(),
+        software: concat!("bough-vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
+        parent: order.parent,
+        machine,
+        programs: order.programs,
+        cpu: cpu(),
+        warm: None,
+        files: written.files,
+    };
+    Ok(Taken {
+        held: draft.publish(manifest)?,
+        memory: written.memory,
+        times: written.times,
+    })
+}
+
+/// State and memory, written and synced.
+struct Written {
+    files: Vec<FileEntry>,
+    memory: LayerSummary,
+    times: Times,
+}
+
+fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
     let make = |name: &str| {
         let path = dir.join(name);
         match File::options()
@@ -61,12 +108,13 @@ pub fn save(
     let (layer, layer_path) = make(MEMORY)?;
     let (state_file, state_path) = make(STATE)?;
 
-    let quiet = agent.map(Agent::quiesce);
+    let quiet = order.agent.map(Agent::quiesce);
     let start = Instant::now();
-    let frozen = machine.freeze(|mut state: MachineState| {
+    let frozen = order.machine.freeze(|mut state: MachineState| {
         state.settle_agent(quiet.as_ref().and_then(Quiet::state));
         let had = start.elapsed();
-        let memory = LayerInProgress::begin(machine.memory(), &layer, &layer_path, lineage);
+        let memory =
+            LayerInProgress::begin(order.machine.memory(), &layer, &layer_path, order.lineage);
         (state, memory, had, start.elapsed())
     })?;
     let pause = start.elapsed();
