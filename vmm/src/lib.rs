@@ -5,13 +5,13 @@
 
 pub mod agent;
 pub mod arch;
+pub mod boot_cache;
 pub mod builder;
 pub mod cli;
 pub mod config;
 pub mod config_file;
 pub mod console_log;
 pub mod control;
-pub mod data_dir;
 pub mod devices;
 pub mod doctor;
 pub mod drive;
@@ -30,4 +30,5 @@ pub mod store;
 pub mod supervisor;
 pub mod sys;
 pub mod timings;
+pub mod user_dirs;
 pub mod vcpu;

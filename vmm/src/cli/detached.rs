@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::launch::{Launch, become_monitor};
+use super::launch::{Launch, become_monitor, keep_boot};
 use super::ready::{Boot, listen_for_agent};
 use super::vm_spec::VmSpec;
 use super::{CliError, ending_status, print};
@@ -126,7 +126,7 @@ fn record(sandbox: &SandboxDir, vm: &VmSpec, config: &VmConfig) -> Record {
 }
 
 /// Is the sandbox itself: makes its machine, and serves it until it ends.
-pub fn monitor(launch: Launch, show_timings: bool, start: Instant) -> Result<u8, CliError> {
+pub fn monitor(mut launch: Launch, show_timings: bool, start: Instant) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::since(start));
     let broken = |error: io::Error| CliError::Monitor(error.to_string());
     let bad = |error: crate::sandbox::SandboxError| CliError::BadInput(error.to_string());
@@ -138,7 +138,8 @@ pub fn monitor(launch: Launch, show_timings: bool, start: Instant) -> Result<u8,
     let record = record(&sandbox, &launch.spec, &config);
     sandbox.publish(&record).map_err(bad)?;
     let ready = listen_for_agent(&paths)?;
-    let machine = Arc::new(launch.build(&config, &timings)?);
+    let (machine, cache) = launch.make(&config, &timings)?;
+    let machine = Arc::new(machine);
     let supervisor = launch
         .spec
         .supervisor(&machine, signals, start, Some(&sandbox));
@@ -149,6 +150,10 @@ pub fn monitor(launch: Launch, show_timings: bool, start: Instant) -> Result<u8,
         timings: &timings,
     };
     let (agent, watch) = boot.agent(ready, &launch.source)?;
+    if let Some(cache) = cache {
+        keep_boot(&cache, &machine, &config, &agent);
+        timings.mark("boot kept");
+    }
     if let Some(ending) = watch.end() {
         return Err(boot.cut_short(ending));
     }

@@ -9,11 +9,14 @@ use snapshot_fmt::chain::Chain;
 use super::vm_args::{installed_image, installed_kernel};
 use super::vm_spec::VmSpec;
 use super::{CliError, ending_status};
-use crate::builder::{self, Origin};
+use crate::agent::Agent;
+use crate::boot_cache::BootCache;
+use crate::builder::{self, BuildError, Origin};
 use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
 use crate::control::snapshot::Parent;
 use crate::host;
 use crate::kvm::install_kick_handler;
+use crate::logger::complain;
 use crate::machine::Machine;
 use crate::sandbox::{SandboxDir, SandboxPaths};
 use crate::snapshot::restore::Saved;
@@ -43,23 +46,31 @@ impl BootFiles {
 pub enum Source {
     /// A kernel and an image.
     Boot(BootFiles),
-    /// A snapshot.
+    /// What another guest of the same kind was when it had booted.
+    Cached(Box<Saved>),
+    /// A snapshot of the user's.
     Saved(Box<Saved>),
 }
 
 impl Source {
-    /// What the machine's memory begins with, where that is not zeros.
-    pub fn origin(&self) -> Option<Arc<Chain>> {
+    /// The snapshot that it is, if it is one.
+    pub fn saved(&self) -> Option<&Saved> {
         match self {
             Self::Boot(_) => None,
-            Self::Saved(saved) => Some(Arc::clone(&saved.chain)),
+            Self::Cached(saved) | Self::Saved(saved) => Some(saved),
         }
+    }
+
+    /// What the machine's memory begins with, where that is not zeros.
+    pub fn origin(&self) -> Option<Arc<Chain>> {
+        self.saved().map(|saved| Arc::clone(&saved.chain))
     }
 
     /// What the machine's first snapshot is a difference to.
     pub fn parent(&self) -> Option<Parent> {
         match self {
-            Self::Boot(_) => None,
+            // A cache may be removed at any time: nothing rests on it.
+            Self::Boot(_) | Self::Cached(_) => None,
             Self::Saved(saved) => Some(Parent {
                 held: Arc::clone(saved.held()),
                 chain: Arc::clone(&saved.chain),
@@ -74,6 +85,8 @@ pub struct Launch {
     pub spec: VmSpec,
     /// What it begins with.
     pub source: Source,
+    /// A guest that has booted before may be taken, and one that boots be kept.
+    pub cached: bool,
 }
 
 impl Launch {
@@ -85,26 +98,69 @@ impl Launch {
     ) -> Result<VmConfig, CliError> {
         match &self.source {
             Source::Boot(files) => {
-                Ok(self
-                    .spec
-                    .machine_config(files.clone(), Some(paths), console))
+                let files = files.clone();
+                Ok(self.spec.machine_config(files, Some(paths), console))
             }
-            Source::Saved(saved) => saved
+            Source::Cached(saved) | Source::Saved(saved) => saved
                 .config(Some(vsock(paths)), console)
                 .map_err(|error| CliError::BadInput(error.to_string())),
         }
     }
 
-    /// Makes the machine, and lets it run.
-    pub fn build(&self, config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine, CliError> {
-        let origin = match &self.source {
-            Source::Boot(_) => Origin::Boot,
-            Source::Saved(saved) => Origin::Saved {
-                state: &saved.state,
-                pages: saved.pages(),
-            },
-        };
-        Ok(builder::build(config, origin, timings)?)
+    /// Makes the machine of `config`, and lets it run. Where one that was to boot has booted before, that goes on. What comes with it is where
+    /// the boot is to be kept, if it is.
+    pub fn make(
+        &mut self,
+        config: &VmConfig,
+        timings: &Arc<Timings>,
+    ) -> Result<(Machine, Option<BootCache>), CliError> {
+        let cache = self.cached.then(|| BootCache::of(config)).flatten();
+        if let Some(cache) = &cache
+            && let Some(saved) = cache.find()
+        {
+            let cached = Source::Cached(Box::new(saved));
+            match build(config, &cached, timings) {
+                Ok(machine) => {
+                    self.source = cached;
+                    return Ok((machine, None));
+                }
+                Err(error) => {
+                    complain(format_args!(
+                        "warning: a cached boot cannot be used: {error}"
+                    ));
+                    cache.forget();
+                }
+            }
+        }
+        Ok((build(config, &self.source, timings)?, cache))
+    }
+}
+
+fn build(
+    config: &VmConfig,
+    source: &Source,
+    timings: &Arc<Timings>,
+) -> Result<Machine, BuildError> {
+    let origin = source.saved().map_or(Origin::Boot, |saved| Origin::Saved {
+        state: &saved.state,
+        pages: saved.pages(),
+    });
+    builder::build(config, origin, timings)
+}
+
+/// Keeps the boot of a guest that is ready and has not worked yet. Without it the next one boots as well.
+pub fn keep_boot(cache: &BootCache, machine: &Machine, config: &VmConfig, agent: &Agent) {
+    // Its answer says that the agent is through with what it does at first.
+    let kept = agent
+        .ping()
+        .map_err(|error| error.to_string())
+        .and_then(|_| {
+            cache
+                .keep(machine, config, agent)
+                .map_err(|error| error.to_string())
+        });
+    if let Err(error) = kept {
+        complain(format_args!("warning: the boot is not kept: {error}"));
     }
 }
 

@@ -4,6 +4,7 @@
 //! where the VM or the monitor failed.
 
 mod boot;
+mod cache;
 mod completions;
 mod cp;
 mod detached;
@@ -87,6 +88,7 @@ enum Command {
     Stop(lifecycle::StopArgs),
     Rm(lifecycle::RmArgs),
     Snap(snap::SnapArgs),
+    Cache(cache::CacheArgs),
     Boot(boot::BootArgs),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
@@ -274,6 +276,7 @@ pub fn main(start: Instant) -> ExitCode {
         Command::Stop(args) => lifecycle::stop(&args),
         Command::Rm(args) => lifecycle::rm(&args),
         Command::Snap(args) => snap::snap(&args),
+        Command::Cache(args) => cache::cache(&args),
         Command::Boot(args) => boot::boot(&args, start),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Completions(args) => completions::completions(&args),

@@ -67,7 +67,7 @@ impl Boot<'_> {
     /// The agent of a machine that has just been made, ready for work. The watch shuts its connection when something cuts the
     /// work short.
     pub fn agent(&self, ready: UnixListener, source: &Source) -> Result<(Agent, Watch), CliError> {
-        let Source::Saved(saved) = source else {
+        let Some(saved) = source.saved() else {
             return self.wait_for_agent(ready);
         };
         let (agent, watch) = match (self.machine.take_agent_link(), &saved.state.agent) {

@@ -71,6 +71,10 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
         timeout: args.timeout,
         ..VmSpec::of_snapshot(saved.manifest())
     };
-    let source = Source::Saved(Box::new(saved));
-    detached::monitor(Launch { spec, source }, args.timings, start)
+    let launch = Launch {
+        spec,
+        source: Source::Saved(Box::new(saved)),
+        cached: false,
+    };
+    detached::monitor(launch, args.timings, start)
 }

@@ -1,7 +1,6 @@
 //! `vmm run`: boots a sandbox, runs one program or piece of code in it, and ends as that ends.
 
 use std::io::{self, Write};
-use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,16 +8,16 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use super::CliError;
-use super::launch::{BootFiles, Launch, Source, become_monitor};
+use super::launch::{BootFiles, Launch, Source, become_monitor, keep_boot};
 use super::program::{ProgramArgs, Work, failed, perform};
 use super::ready::{Boot, listen_for_agent};
-use super::vm_args::VmArgs;
+use super::vm_args::{CacheArgs, VmArgs};
 use crate::agent::{Agent, AgentError, ShutdownMode};
 use crate::config::ConsoleConfig;
 use crate::exit::ExitReason;
 use crate::logger::complain;
 use crate::sandbox::SandboxDir;
-use crate::supervisor::{Ending, Supervisor, end_by_force};
+use crate::supervisor::{Ending, Supervisor, Watch, end_by_force};
 use crate::timings::Timings;
 
 /// How long a guest may take, after its program has ended, to write out the disks that it may write to.
@@ -29,6 +28,8 @@ const WRITE_OUT_TIME: Duration = Duration::from_secs(60);
 pub struct RunArgs {
     #[command(flatten)]
     vm: VmArgs,
+    #[command(flatten)]
+    cache: CacheArgs,
     /// Write the guest's console to this file, or to standard error for -
     #[arg(long, value_name = "FILE")]
     console: Option<PathBuf>,
@@ -44,8 +45,12 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
     let work = args
         .program
         .work(&vm.env, vm.cwd.as_deref(), vm.user.as_deref())?;
-    let source = Source::Boot(files);
-    let launch = Launch { spec: vm, source };
+    let mut launch = Launch {
+        spec: vm,
+        source: Source::Boot(files),
+        // Who wants to see the console wants to see the boot.
+        cached: !args.cache.cold && args.console.is_none(),
+    };
     let signals = become_monitor()?;
 
     let sandbox =
@@ -57,7 +62,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         Some(path) => ConsoleConfig::File(path.to_owned()),
     };
     let config = launch.config(sandbox.paths(), console)?;
-    let machine = launch.build(&config, &timings)?;
+    let (machine, cache) = launch.make(&config, &timings)?;
     let supervisor = launch
         .spec
         .supervisor(&machine, signals, start, Some(&sandbox));
@@ -68,7 +73,15 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         start,
         timings: &timings,
     };
-    let result = work_in(&boot, ready, &launch.source, work, writable);
+    let result = boot
+        .agent(ready, &launch.source)
+        .and_then(|(agent, watch)| {
+            if let Some(cache) = cache {
+                keep_boot(&cache, &machine, &config, &agent);
+                timings.mark("boot kept");
+            }
+            work_in(&boot, (agent, watch), work, writable)
+        });
     timings.mark("program ended");
     let status = result
         .as_ref()
@@ -83,15 +96,13 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
     result
 }
 
-/// Waits for the agent and has it do the work. A guest with a `writable` disk is then ended in order.
+/// Has the agent do the work. A guest with a `writable` disk is then ended in order.
 fn work_in(
     boot: &Boot<'_>,
-    ready: UnixListener,
-    source: &Source,
+    (agent, watch): (Agent, Watch),
     work: Work,
     writable: bool,
 ) -> Result<u8, CliError> {
-    let (agent, watch) = boot.agent(ready, source)?;
     let error = match perform(&agent, work, false) {
         // Done is done, even where the time was over just then.
         Ok(ended) => {

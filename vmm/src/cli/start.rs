@@ -7,7 +7,7 @@ use clap::Args;
 use super::CliError;
 use super::detached::{self, DetachedArgs};
 use super::launch::{BootFiles, Launch, Source};
-use super::vm_args::VmArgs;
+use super::vm_args::{CacheArgs, VmArgs};
 
 /// Start a sandbox that lives on by itself, and print its name once its guest is ready
 #[derive(Debug, Args)]
@@ -17,6 +17,8 @@ pub struct StartArgs {
     name: Option<String>,
     #[command(flatten)]
     vm: VmArgs,
+    #[command(flatten)]
+    cache: CacheArgs,
     #[command(flatten)]
     detached: DetachedArgs,
 }
@@ -30,5 +32,10 @@ pub fn start(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
     spec.name = args.name.clone().or(spec.name);
     spec.labels.extend(args.detached.label.iter().cloned());
     let source = Source::Boot(BootFiles::find(&spec)?);
-    detached::monitor(Launch { spec, source }, args.vm.timings, start)
+    let launch = Launch {
+        spec,
+        source,
+        cached: !args.cache.cold,
+    };
+    detached::monitor(launch, args.vm.timings, start)
 }

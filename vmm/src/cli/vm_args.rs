@@ -9,8 +9,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
 use super::CliError;
-use crate::data_dir::data_dir;
 use crate::sizes::{duration, memory_mib};
+use crate::user_dirs::data_dir;
 
 /// A VM. What is not given here can be in the file of `--config`; [`VmArgs::resolve`] puts the two together.
 #[derive(Debug, Args)]
@@ -97,6 +97,14 @@ pub fn installed_image(given: Option<&Path>) -> Result<PathBuf, CliError> {
         "./tools/build-image",
         "--image",
     )
+}
+
+/// How a VM comes to be booted.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct CacheArgs {
+    /// Boot, even where a guest like this one has booted before and was kept; and do not keep this one
+    #[arg(long)]
+    pub cold: bool,
 }
 
 /// `given`, or the file `name` in Bough's data directory (`$XDG_DATA_HOME/bough`, by default `~/.local/share/bough`).

@@ -32,8 +32,8 @@ use snapshot_fmt::digest::Digest;
 use snapshot_fmt::error::FormatError;
 use snapshot_fmt::snapshot::Snapshot;
 
-use crate::data_dir::data_dir;
 use crate::sandbox::list::alike;
+use crate::user_dirs::data_dir;
 pub use draft::Draft;
 pub use error::StoreError;
 use error::io_error;

@@ -1,9 +1,9 @@
 //! `vmm snap`: the snapshots of this user, one file per group of subcommands.
 
 mod inspect;
-mod ls;
+pub mod ls;
 mod make;
-mod remove;
+pub mod remove;
 
 use clap::{Args, Subcommand};
 
