@@ -201,6 +201,9 @@ pub fn build(
         }
         platform::restore_clock(&vm, &state.platform)?;
     }
+    if let Some(pager) = &pager {
+        pager.guest_starts()?;
+    }
     let context = VcpuContext {
         id: 0,
         pio: Arc::new(devices.pio),

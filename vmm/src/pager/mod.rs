@@ -29,7 +29,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use snapshot_fmt::chain::Chain;
 use thiserror::Error;
 
-use self::server::Server;
+use self::server::{PageError, Server};
 use self::space::Space;
 use crate::exit::ExitLatch;
 use crate::memory::{self, GuestMemory};
@@ -79,6 +79,9 @@ pub enum PagerError {
     /// No eventfd, or no thread.
     #[error("cannot start the pager: {0}")]
     Start(io::Error),
+    /// A page that the machine was to be made with cannot be had.
+    #[error(transparent)]
+    Page(#[from] PageError),
 }
 
 /// How pages come.
@@ -142,6 +145,12 @@ impl Pager {
             Mode::Fault => Some(FaultPager::start(&chain, working_set, memory, exit)?),
         };
         Ok(Self { chain, faults })
+    }
+
+    /// Says that the machine is made and its guest runs from now on, with somebody watching the latch. To be called before that.
+    pub fn guest_starts(&self) -> Result<(), PagerError> {
+        self.server()
+            .map_or(Ok(()), |server| Ok(server.guest_starts()?))
     }
 
     /// The layers that memory comes from.

@@ -1,8 +1,11 @@
 //! Memory by faults: a thread brings each missing page when it is touched, out of the chain and checked.
 //!
-//! Invariant: a page is given with the content that the chain has for it, or not at all. Where it cannot be had, whoever touched it goes on waiting
-//! until the process ends: the VM's end is written to its latch, the other pages are served on, so that whoever needs
+//! Invariant: a guest that runs gets a page with the content that the chain has for it, or not at all. Where it cannot be had, whoever touched
+//! it goes on waiting until the process ends: the VM's end is written to its latch, the other pages are served on, so that whoever needs
 //! none of the lost ones can stop, and the userfaultfd is never closed, since that would let the waiting go on with zeros.
+//!
+//! Before the guest runs, who waits is KVM, in the thread that makes the machine, where nobody watches the latch yet: that
+//! one gets zeros, and learns that the machine must not run.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -67,6 +70,17 @@ struct Tally {
     record: Vec<u32>,
 }
 
+/// How far the machine is.
+#[derive(Debug)]
+enum Stage {
+    /// It is being made.
+    Building,
+    /// It must not run: a page is not what it should be.
+    Unusable(PageError),
+    /// Its guest runs.
+    Running,
+}
+
 #[derive(Debug, Default)]
 struct Counters {
     pages_ahead: AtomicU64,
@@ -83,6 +97,7 @@ pub struct Server {
     exit: ExitLatch,
     wake: OwnedFd,
     stop: AtomicBool,
+    stage: Mutex<Stage>,
     failed: AtomicBool,
     /// The other thread brings the working set: it has better use for a processor than looking for faults.
     replaying: AtomicBool,
@@ -108,6 +123,7 @@ impl Server {
             exit,
             wake,
             stop: AtomicBool::new(false),
+            stage: Mutex::new(Stage::Building),
             failed: AtomicBool::new(false),
             replaying: AtomicBool::new(false),
             tally: Mutex::default(),
@@ -120,6 +136,15 @@ impl Server {
         let _guard = Guard(self);
         if let Err(errno) = self.serve() {
             self.fail(format!("page faults cannot be read: {errno}"));
+        }
+    }
+
+    /// From now on the guest runs, unless a page could not be had before that.
+    pub fn guest_starts(&self) -> Result<(), PageError> {
+        let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *stage, Stage::Running) {
+            Stage::Unusable(error) => Err(error),
+            Stage::Building | Stage::Running => Ok(()),
         }
     }
 
@@ -182,13 +207,25 @@ impl Server {
                     continue;
                 }
                 if let Err(error) = self.answer(page, &mut bytes) {
-                    lost.insert(page);
-                    self.fail(error.to_string());
+                    self.lose(page, error, &mut lost);
                 }
             }
             add_time(&self.counters.serving_ns, start.elapsed());
         }
         Ok(())
+    }
+
+    /// Ends the VM, or its making, for the sake of `page`.
+    fn lose(&self, page: u64, error: PageError, lost: &mut BTreeSet<u64>) {
+        let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+        if !matches!(*stage, Stage::Running)
+            && self.place(page, Content::Zeros { count: 1 }).is_ok()
+        {
+            *stage = Stage::Unusable(error);
+            return;
+        }
+        lost.insert(page);
+        self.fail(error.to_string());
     }
 
     /// Waits for faults. False where the thread is to stop.

@@ -93,6 +93,7 @@ pub fn restore(chain: &Arc<Chain>, mode: Mode, working_set: Vec<u64>) -> Restore
         working_set,
     };
     let pager = Pager::start(pages, &memory, &exit).unwrap();
+    pager.guest_starts().unwrap();
     Restored {
         memory,
         pager,

@@ -242,6 +242,28 @@ fn a_layer_that_is_cut_short_ends_the_vm() {
 }
 
 #[test]
+fn a_machine_that_was_to_be_made_with_a_corrupt_page_never_runs() {
+    let file = damaged(300, 7);
+    let pages = Pages {
+        chain: chain([&file]),
+        mode: Mode::Fault,
+        working_set: Vec::new(),
+    };
+    let memory = guest(300);
+    let exit = ExitLatch::new().unwrap();
+    let pager = super::Pager::start(pages, &memory, &exit).unwrap();
+    // Whoever makes the machine is not held up.
+    touch(&memory, 7);
+    assert!(read(&memory, 8) == content(9));
+    let why = pager.guest_starts().unwrap_err().to_string();
+    assert!(
+        why.contains(file.path().to_str().unwrap()) && why.contains("page 7 "),
+        "{why}"
+    );
+    assert!(!pager.has_failed() && exit.get().is_none());
+}
+
+#[test]
 fn the_end_of_the_thread_ends_the_vm() {
     let chain = chain([&layer(&[1, 2, 3], None)]);
     let memory = guest(3);
