@@ -176,6 +176,21 @@ impl EventLoop {
         self.want(Wanted::Run);
     }
 
+    /// Asks the loop to end.
+    pub fn stop(&self) {
+        self.want(Wanted::Stop);
+    }
+
+    /// Whether its thread has ended.
+    pub fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Leaves the thread to itself: it has been asked to end and cannot. It keeps what it works with.
+    pub fn abandon(&mut self) {
+        self.thread = None;
+    }
+
     fn want(&self, wanted: Wanted) {
         self.shared.want(wanted);
         if wanted != Wanted::Run {

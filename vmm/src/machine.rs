@@ -24,6 +24,9 @@ use crate::vcpu::{VcpuContext, VcpuThread};
 /// How long a processor may take to leave the guest. It does so at once, unless the host has no time for its thread.
 const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long a thread may take to end once a page cannot be had. One that does not wait for that page ends at once.
+const STUCK_AFTER: Duration = Duration::from_millis(200);
+
 /// Whether a machine's processors run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RunState {
@@ -96,8 +99,8 @@ pub struct Machine {
     console: ConsoleTail,
     vm: VmFd,
     memory: Arc<GuestMemory>,
-    _files: Vec<(u64, FileMapping)>,
-    _pager: Option<Pager>,
+    files: Vec<(u64, FileMapping)>,
+    pager: Option<Pager>,
     agent_link: Mutex<Option<UnixStream>>,
 }
 
@@ -141,8 +144,8 @@ impl Machine {
             console,
             vm,
             memory,
-            _files: files,
-            _pager: pager,
+            files,
+            pager,
             agent_link: Mutex::new(agent_link),
         })
     }
@@ -209,6 +212,11 @@ impl Machine {
         &self.memory
     }
 
+    /// What brings its memory, where it was saved before.
+    pub fn pager(&self) -> Option<&Pager> {
+        self.pager.as_ref()
+    }
+
     /// Stops everything, and has `during` see the state of this moment, in which memory stands still as well; then goes on,
     /// unless the machine was paused before. Nobody else pauses or resumes it meanwhile.
     pub fn freeze<T>(&self, during: impl FnOnce(MachineState) -> T) -> Result<T, SaveError> {
@@ -263,4 +271,38 @@ impl Machine {
             .map(|(id, answer)| Ok(answer.recv().map_err(|_| SaveError::Ended(id))??))
             .collect()
     }
+}
+
+/// A thread that waits for a page that cannot be had never ends. It is left to itself, with all that it may still use, until the process
+/// ends: it sees nothing else of that page.
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let Some(pager) = &self.pager else {
+            return;
+        };
+        self.vcpus.iter().for_each(VcpuThread::stop);
+        let ended = wait_unless_failed(pager, || self.vcpus.iter().all(VcpuThread::has_ended));
+        self.event_loop.stop();
+        if wait_unless_failed(pager, || self.event_loop.has_ended()) && ended {
+            return;
+        }
+        self.vcpus.iter_mut().for_each(VcpuThread::abandon);
+        self.event_loop.abandon();
+        std::mem::forget(std::mem::take(&mut self.files));
+    }
+}
+
+/// Waits until `ended`. False where a page cannot be had, and that does not come for it.
+fn wait_unless_failed(pager: &Pager, ended: impl Fn() -> bool) -> bool {
+    let mut failed_at = None;
+    while !ended() {
+        if pager.has_failed() {
+            let failed_at: &Instant = failed_at.get_or_insert_with(Instant::now);
+            if failed_at.elapsed() > STUCK_AFTER {
+                return false;
+            }
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    true
 }
