@@ -39,7 +39,7 @@ pub struct VmArgs {
     /// Give the guest another disk: a file or block device, for the guest alone, or shared and read-only with ,ro. /dev/vda and so on, after the image if that is a disk
     #[arg(long, value_name = "FILE[,ro]", value_parser = OsStringValueParser::new().try_map(drive))]
     pub drive: Vec<DriveArg>,
-    /// Stop after this time, boot included: seconds, or with ms, s, m, h
+    /// Stop after this time, boot included: seconds, or with ms, s, m, h, d
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub timeout: Option<Duration>,
     /// Print how long each phase took

@@ -105,7 +105,7 @@ pub(super) fn memory<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, 
 /// A time span.
 pub(super) fn timeout<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
     let visitor = NumberOrText {
-        expected: "seconds as a number above zero, or text with ms, s, m or h, such as \"5m\"",
+        expected: "seconds as a number above zero, or text with ms, s, m, h or d, such as \"5m\"",
         parse: duration,
     };
     from.deserialize_any(visitor).map(Some)
