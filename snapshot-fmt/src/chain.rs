@@ -90,20 +90,11 @@ impl Run {
         }
     }
 
-    /// Whether `next` goes on where this run ends, in the space and in the file.
+    /// Whether `next` goes on where this run ends, in the space and so in the file: a layer stores its pages in ascending order.
     fn goes_on_with(&self, next: &Self) -> bool {
         let one_source = match (self.source, next.source) {
             (Source::Zero, Source::Zero) => true,
-            (
-                Source::Data {
-                    layer,
-                    first_stored,
-                },
-                Source::Data {
-                    layer: next_layer,
-                    first_stored: next_stored,
-                },
-            ) => layer == next_layer && first_stored + self.count == next_stored,
+            (Source::Data { layer: own, .. }, Source::Data { layer, .. }) => own == layer,
             _ => false,
         };
         one_source && self.end() == next.first_page

@@ -331,3 +331,21 @@ fn made_up_frames_are_refused() {
         assert!(error.contains(why), "{error}");
     }
 }
+
+/// Who changes a page and its hash is found by the hash of the block of hashes.
+#[test]
+fn a_page_that_is_changed_with_its_hash_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    common::write_all(dir.path());
+    let path = dir.path().join("child.layer");
+    let mut bytes = fs::read(&path).unwrap();
+    let hashes = bytes.len() - 2 * 16;
+    let page = offset_of_stored(0) as usize;
+    bytes[page] ^= 1;
+    let hash = Digest::of(&bytes[page..page + 4096]);
+    bytes[hashes..hashes + 16].copy_from_slice(&hash.0[..16]);
+    match refusal(&path, &bytes) {
+        FormatError::Corrupt { offset, .. } => assert_eq!(offset, hashes as u64),
+        error => panic!("{error}"),
+    }
+}

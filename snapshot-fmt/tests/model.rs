@@ -11,7 +11,7 @@ use std::path::Path;
 use common::page;
 use snapshot_fmt::chain::{Chain, Run, Source};
 use snapshot_fmt::delta::DeltaWriter;
-use snapshot_fmt::layer::{Layer, offset_of_stored};
+use snapshot_fmt::layer::{Layer, LayerWriter, offset_of_stored};
 use snapshot_fmt::{PAGE_SIZE, Page, ops, pages};
 
 const ZEROS: Page = [0; PAGE_SIZE];
@@ -276,4 +276,24 @@ fn an_index_of_ten_thousand_extents_is_merged_right() {
         let zero = memory.pages[number as usize] == ZEROS;
         assert_eq!(chain.lookup(number) == Source::Zero, zero, "page {number}");
     }
+}
+
+#[test]
+fn a_stored_page_of_zeros_is_as_one_that_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, stored) in [("none.layer", &[][..]), ("zeros.layer", &[3, 4])] {
+        let (file, path) = common::create(dir.path(), name);
+        let mut layer = LayerWriter::new(file, &path, 8).unwrap();
+        for &page in stored {
+            layer.data(page, &ZEROS).unwrap();
+        }
+        layer.finish().unwrap();
+    }
+    let [none, zeros] =
+        ["none.layer", "zeros.layer"].map(|name| open_chain(dir.path(), &[name.to_owned()]));
+    assert_eq!(zeros.layers()[0].data_pages(), 2);
+    assert_eq!(ops::diff(&none, &zeros).unwrap(), []);
+    assert_eq!(ops::diff(&zeros, &none).unwrap(), []);
+    let (file, path) = common::create(dir.path(), "flat.layer");
+    assert_eq!(ops::flatten(&zeros, file, &path).unwrap().0.data_pages, 0);
 }
