@@ -98,3 +98,30 @@ fn split(bytes: &[u8]) -> Vec<PageHash> {
         .filter_map(|hash| hash.first_chunk().copied().map(PageHash))
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn a_table_that_another_uses_is_read_all_the_same() {
+        let own: Vec<_> = (0..300_u64)
+            .map(|n| PageHash::of_bytes(&n.to_le_bytes()))
+            .collect();
+        let (tags, bytes) = encode(&own);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hashes");
+        std::fs::write(&path, bytes).unwrap();
+        let file = std::fs::File::open(&path).unwrap();
+        let file = NamedFile::new(file, Path::new("hashes"), "hashes").unwrap();
+        let hashes = Hashes::new(&tags, 300, 0);
+        let get = |index| hashes.get(&file, index).unwrap();
+        assert_eq!((get(0), get(299)), (own[0], own[299]));
+        let kept = hashes.blocks.lock().unwrap();
+        assert_eq!(kept.len(), 2);
+        // As in a process that was forked while another thread was here.
+        assert_eq!((get(255), get(256)), (own[255], own[256]));
+    }
+}

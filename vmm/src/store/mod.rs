@@ -223,10 +223,11 @@ impl Store {
     /// Reads the manifest of `id`.
     fn open(&self, id: &Digest) -> Result<Snapshot, StoreError> {
         let path = self.path(id);
-        if !path.exists() {
-            return Err(StoreError::Gone { id: *id });
-        }
-        let snapshot = Snapshot::open(&path)?;
+        let snapshot = match Snapshot::open(&path) {
+            // Not there, or removed between.
+            Err(_) if !path.exists() => return Err(StoreError::Gone { id: *id }),
+            snapshot => snapshot?,
+        };
         if snapshot.id() == *id {
             return Ok(snapshot);
         }

@@ -1,6 +1,7 @@
 //! The store, with snapshots of a small memory.
 
 use std::fs::{self, File};
+use std::sync::atomic::Ordering::Relaxed;
 
 use snapshot_fmt::PAGE_SIZE;
 use snapshot_fmt::delta::DeltaWriter;
@@ -358,4 +359,44 @@ fn a_damaged_snapshot_is_told_and_can_be_removed() {
     let id = store.resolve(&id.to_string()[..8]).unwrap();
     assert_eq!(store.remove(&id, false).unwrap(), [Removed::Broken(id)]);
     assert_eq!(ids(&store), []);
+}
+
+/// Whoever holds a snapshot has all of it, whatever others publish and remove meanwhile.
+#[test]
+fn what_is_held_stays_while_others_remove() {
+    let (_dir, store) = store();
+    let held = std::sync::atomic::AtomicU32::new(0);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0..40 {
+                drop(add(&store, "base", round, None, &[1, 2], 1));
+            }
+            done.store(true, Relaxed);
+        });
+        scope.spawn(|| {
+            let everything = GcLimits {
+                before: Some(u64::MAX),
+                bytes: None,
+            };
+            while !done.load(Relaxed) {
+                store.collect(&everything, false).unwrap();
+            }
+        });
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !done.load(Relaxed) {
+                    match store.hold("base") {
+                        Ok(one) => {
+                            one.snapshot().verify().unwrap();
+                            held.fetch_add(1, Relaxed);
+                        }
+                        Err(StoreError::Unknown { .. } | StoreError::Gone { .. }) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            });
+        }
+    });
+    assert!(held.into_inner() > 0);
 }
