@@ -30,7 +30,9 @@ use rustix::fs::{FlockOperation, flock};
 use snapshot_fmt::chain::{Chain, ChainError, DEPTH_MAX};
 use snapshot_fmt::digest::Digest;
 use snapshot_fmt::error::FormatError;
+use snapshot_fmt::manifest::WORKING_SET;
 use snapshot_fmt::snapshot::Snapshot;
+use snapshot_fmt::working_set;
 
 use crate::sandbox::list::alike;
 use crate::user_dirs::data_dir;
@@ -71,6 +73,26 @@ impl Held {
     /// The snapshot.
     pub fn snapshot(&self) -> &Snapshot {
         &self.snapshot
+    }
+
+    /// Writes down which pages of memory were wanted first, for the next restores: whole or not at all. It is a hint and costs no sync; a file that a
+    /// crash has damaged is told by its digest.
+    pub fn write_working_set(&self, pages: &[u64]) -> Result<(), StoreError> {
+        let total_pages = self.snapshot.manifest().machine.total_pages().unwrap_or(0);
+        let path = self.snapshot.path(WORKING_SET);
+        let aside = self
+            .snapshot
+            .path(&format!(".{WORKING_SET}-{}", std::process::id()));
+        let file = File::create(&aside).map_err(io_error("make", &aside))?;
+        let written =
+            working_set::write(&file, &aside, total_pages, pages).map_err(StoreError::from);
+        let renamed =
+            written.and_then(|()| fs::rename(&aside, &path).map_err(io_error("rename", &aside)));
+        if renamed.is_err() {
+            // The first failure is the one to tell.
+            let _ = fs::remove_file(&aside);
+        }
+        renamed
     }
 }
 

@@ -361,6 +361,35 @@ fn a_damaged_snapshot_is_told_and_can_be_removed() {
     assert_eq!(ids(&store), []);
 }
 
+#[test]
+fn a_working_set_is_kept_and_travels_along() {
+    let (dir, store) = store();
+    let held = add(&store, "root", 1, None, &[1, 2], 1);
+    assert_eq!(held.snapshot().working_set().unwrap(), None);
+    for pages in [&[2, 1][..], &[1, 2, 63]] {
+        held.write_working_set(pages).unwrap();
+        assert_eq!(
+            held.snapshot().working_set().unwrap().as_deref(),
+            Some(pages)
+        );
+    }
+    assert!(held.write_working_set(&[PAGES]).is_err());
+    let there = Store::at(&dir.path().join("there"));
+    let path = dir.path().join("root.bough");
+    derive::pack(held.snapshot(), &path).unwrap();
+    let unpacked = there.unpack(&path).unwrap();
+    let flat = store.flatten(held.snapshot(), None).unwrap();
+    for other in [unpacked, flat] {
+        assert_eq!(
+            other.snapshot().working_set().unwrap(),
+            Some(vec![1, 2, 63])
+        );
+    }
+    // It is a hint: the id is the same without it.
+    fs::remove_file(held.snapshot().path(WORKING_SET)).unwrap();
+    held.snapshot().verify().unwrap();
+}
+
 /// Whoever holds a snapshot has all of it, whatever others publish and remove meanwhile.
 #[test]
 fn what_is_held_stays_while_others_remove() {
