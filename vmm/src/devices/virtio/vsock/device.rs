@@ -22,9 +22,9 @@ use crate::devices::virtio::{
 const RX: usize = 0;
 const TX: usize = 1;
 const EVENT: usize = 2;
-/// A driver fills the receive queue when it starts, a page and more for each buffer, so a long one
-/// costs boot time. Linux posts eight event buffers.
-pub(super) const QUEUE_SIZES: [u16; 3] = [32, 32, 8];
+/// A driver fills the receive queue when it starts, a page and more for each buffer (our kernel eight), so
+/// a long one costs boot time and memory. Linux posts eight event buffers.
+pub(super) const QUEUE_SIZES: [u16; 3] = [16, 32, 8];
 /// Event data of the muxer, after those of the queues.
 const MUXER: u32 = 3;
 
