@@ -11,6 +11,9 @@ use rustix::io::Errno;
 /// reads neither requests nor programs' output.
 const HIGH_WATER: usize = 128 * 1024;
 
+/// What a socket takes where memory is short: a kernel that finds no room for a large packet may find it for this.
+const SMALL: usize = 4096;
+
 /// Frames on their way to a client.
 #[derive(Default)]
 pub struct Output {
@@ -45,9 +48,13 @@ impl Output {
     /// # Errors
     /// The error of the socket: the client is gone.
     pub fn flush(&mut self, socket: impl AsFd) -> Result<(), Errno> {
+        let mut most = usize::MAX;
         while let Some(rest @ [_, ..]) = self.bytes.get(self.sent..) {
-            match rustix::io::write(&socket, rest) {
+            let (now, _) = rest.split_at(rest.len().min(most));
+            match rustix::io::write(&socket, now) {
                 Ok(sent) => self.sent += sent,
+                // It says nothing of the client.
+                Err(Errno::NOMEM | Errno::NOBUFS) if most > SMALL => most = SMALL,
                 Err(Errno::AGAIN) => {
                     self.bytes.drain(..self.sent);
                     self.sent = 0;
