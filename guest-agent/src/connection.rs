@@ -152,7 +152,8 @@ impl Connection {
 
     /// Reads once from the client and serves the requests that are whole.
     pub fn receive(&mut self, context: &mut Context<'_>) {
-        let room = context.scratch.len().min(MAX_DATA);
+        // More than one message's worth: each turn of the loop costs as much as many bytes.
+        let room = context.scratch.len().min(2 * MAX_DATA);
         let room = context.scratch.get_mut(..room).unwrap_or_default();
         match rustix::io::read(&self.socket, room) {
             Ok(count) if count > 0 => {

@@ -14,6 +14,7 @@ mod files;
 mod identity;
 mod init;
 mod listen;
+mod loan;
 mod output;
 mod power;
 mod program;

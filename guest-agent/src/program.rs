@@ -19,6 +19,7 @@ use rustix::termios::tcsetwinsize;
 
 use crate::cgroup::Cgroup;
 use crate::failure::Failure;
+use crate::loan::{self, Loan};
 use crate::output::Output;
 use crate::runners::SourceFile;
 use crate::source::Source;
@@ -27,6 +28,10 @@ use crate::sys::Ended;
 
 /// The credit in bytes that each standard input starts with: what a pipe holds.
 pub const STDIN_WINDOW: u32 = 64 * 1024;
+
+/// The credit that a helper gives besides, once content comes: so that more is on its way while it writes.
+const HELPER_EXTRA: u32 = 64 * 1024;
+const _: () = assert!((STDIN_WINDOW + HELPER_EXTRA) as usize == loan::WINDOW);
 
 /// The most that a helper may say of its failure.
 const MAX_REPORT: usize = 8 * 1024;
@@ -39,9 +44,59 @@ struct Sink {
     /// `None` once it is closed, by either side.
     pipe: Option<OwnedFd>,
     /// What the pipe did not take yet.
-    waiting: Vec<u8>,
+    waiting: Waiting,
+    /// The credit that the client has or had at most.
+    window: u32,
     /// Whether the client has said that no more comes.
     closing: bool,
+}
+
+/// Bytes on their way to a pipe.
+enum Waiting {
+    /// For a program, which may keep what a pipe refers to.
+    Copied(Vec<u8>),
+    /// For a helper.
+    Lent(Loan),
+}
+
+impl Waiting {
+    fn len(&self) -> usize {
+        match self {
+            Self::Copied(bytes) => bytes.len(),
+            Self::Lent(loan) => loan.len(),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn push(&mut self, data: &[u8]) {
+        match self {
+            Self::Copied(bytes) => bytes.extend_from_slice(data),
+            Self::Lent(loan) => loan.push(data),
+        }
+    }
+
+    /// Gives the pipe what it takes; says how much that was.
+    fn give(&mut self, pipe: &OwnedFd) -> Result<usize, Errno> {
+        match self {
+            Self::Copied(bytes) => {
+                let taken = write(pipe, bytes)?;
+                bytes.drain(..taken);
+                Ok(taken)
+            }
+            Self::Lent(loan) => loan.lend(pipe),
+        }
+    }
+
+    /// Forgets all; says how much that was.
+    fn clear(&mut self) -> usize {
+        match self {
+            Self::Copied(bytes) => std::mem::take(bytes).len(),
+            Self::Lent(loan) => loan.clear(),
+        }
+    }
 }
 
 /// What runs.
@@ -86,7 +141,8 @@ impl Program {
             pid: spawned.pid,
             stdin: Sink {
                 pipe: spawned.stdin,
-                waiting: Vec::new(),
+                waiting: Waiting::Copied(Vec::new()),
+                window: STDIN_WINDOW,
                 closing: false,
             },
             stdout: Source::new(Some(spawned.stdout), window, spawned.is_terminal),
@@ -107,10 +163,10 @@ impl Program {
             report: Vec::new(),
             cancelled: false,
         };
-        Self {
-            role,
-            ..Self::new(request_id, spawned, window, None, None)
-        }
+        let mut helper = Self::new(request_id, spawned, window, None, None);
+        helper.role = role;
+        helper.stdin.waiting = Waiting::Lent(Loan::default());
+        helper
     }
 
     /// Ends it at this moment.
@@ -189,7 +245,7 @@ impl Program {
     /// # Errors
     /// The client sent more than it had credit for.
     pub fn stdin_data(&mut self, data: &[u8], output: &mut Output) -> Result<(), Failure> {
-        let window = usize::try_from(STDIN_WINDOW).unwrap_or(usize::MAX);
+        let window = usize::try_from(self.stdin.window).unwrap_or(usize::MAX);
         if self.stdin.waiting.len().saturating_add(data.len()) > window {
             return Err(Failure::new(
                 ErrorCode::CreditExceeded,
@@ -202,7 +258,7 @@ impl Program {
         if self.stdin.closing {
             return Ok(());
         }
-        self.stdin.waiting.extend_from_slice(data);
+        self.stdin.waiting.push(data);
         self.feed(output);
         Ok(())
     }
@@ -211,7 +267,7 @@ impl Program {
     pub fn stdin_close(&mut self) {
         if self.is_terminal && !self.stdin.closing {
             // A terminal stays open, or the program would be hung up on.
-            self.stdin.waiting.push(END_OF_FILE);
+            self.stdin.waiting.push(&[END_OF_FILE]);
         }
         self.stdin.closing = true;
         if self.stdin.waiting.is_empty() {
@@ -223,25 +279,29 @@ impl Program {
     fn feed(&mut self, output: &mut Output) {
         let sink = &mut self.stdin;
         let taken = match &sink.pipe {
-            None => sink.waiting.len(),
-            Some(pipe) => match write(pipe, &sink.waiting) {
+            None => sink.waiting.clear(),
+            Some(pipe) => match sink.waiting.give(pipe) {
                 Ok(taken) => taken,
                 Err(Errno::AGAIN | Errno::INTR) => 0,
                 // The program reads no more: as with any pipe, what is on the way is lost.
                 Err(_) => {
                     sink.pipe = None;
-                    sink.waiting.len()
+                    sink.waiting.clear()
                 }
             },
         };
-        sink.waiting.drain(..taken);
         if sink.waiting.is_empty() && sink.closing {
             sink.pipe = None;
         }
         if taken > 0 {
+            let mut bytes = u32::try_from(taken).unwrap_or(u32::MAX);
+            if matches!(self.role, Role::Helper { .. }) && sink.window == STDIN_WINDOW {
+                sink.window += HELPER_EXTRA;
+                bytes = bytes.saturating_add(HELPER_EXTRA);
+            }
             let credit = Credit {
                 stream: Stream::Stdin.into(),
-                bytes: u32::try_from(taken).unwrap_or(u32::MAX),
+                bytes,
             };
             output.push(self.request_id, Kind::Credit(credit));
         }

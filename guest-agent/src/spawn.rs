@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use guest_agent::proto::{ErrorCode, Exec, Pty};
 use rustix::fs::{Mode, OFlags, Uid, fchown, fcntl_setfl, open};
 use rustix::io::Errno;
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, chdir, ioctl_tiocsctty, setpgid, setsid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
@@ -20,6 +20,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use crate::cgroup::Cgroup;
 use crate::failure::{Failure, plain};
 use crate::identity::Identity;
+use crate::loan::PIPE_SIZE;
 use crate::sys::{self, Image};
 
 /// What an ordinary process that serves as agent gives its programs for HOME, USER and SHELL.
@@ -290,6 +291,9 @@ fn pipes(stdin: bool, identity: Option<&Identity>) -> Result<(Theirs, Spawned), 
 /// There are too many open files.
 pub fn helper_pipes(stdin: bool) -> Result<(impl FnOnce() -> Result<(), Errno>, Spawned), Failure> {
     let (theirs, ours) = pipes(stdin, None)?;
+    // The one that content goes through. As it was, it would serve as well, in smaller steps.
+    let content = ours.stdin.as_ref().unwrap_or(&ours.stdout);
+    let _ = fcntl_setpipe_size(content, PIPE_SIZE);
     let become_standard = move || {
         dup2_stdin(&theirs.stdin)?;
         dup2_stdout(&theirs.stdout)?;

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char, c_void};
+use std::io::IoSlice;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use guest_agent::proto::exited::Status;
@@ -201,6 +202,26 @@ pub fn reseed(device: BorrowedFd<'_>, bytes: &[u8]) -> Result<(), Errno> {
 pub fn close_others() {
     // SAFETY: nothing that runs in the copy uses them again: `fork`'s child ends by _exit.
     unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
+}
+
+/// Has a pipe refer to `bytes` where they are, as far as it has room; says how many it took. What the reader
+/// finds is what they are when it reads.
+///
+/// # Errors
+/// Those of vmsplice(2).
+pub fn lend(pipe: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
+    let slice = [IoSlice::new(bytes)];
+    // SAFETY: `IoSlice` is a `struct iovec`, and the kernel only reads what it names. The pages live
+    // for as long as the pipe refers to them, whatever becomes of our mapping.
+    let taken = unsafe {
+        libc::vmsplice(
+            pipe.as_raw_fd(),
+            slice.as_ptr().cast(),
+            slice.len(),
+            libc::SPLICE_F_NONBLOCK,
+        )
+    };
+    usize::try_from(taken).map_err(|_| last_errno())
 }
 
 /// A child that has ended.

@@ -15,9 +15,11 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::pipe::{SpliceFlags, splice};
 
 use super::{failed, parent, path, wrong};
 use crate::failure::Failure;
+use crate::loan::PIPE_SIZE;
 use crate::sys;
 
 /// How many names are tried for the file that is written to.
@@ -38,8 +40,19 @@ pub fn read(request: &ReadFile) -> Result<(), Failure> {
         0 => u64::MAX,
         length => length,
     };
-    let mut buffer = vec![0; MAX_DATA];
     let mut stdout = io::stdout().lock();
+    while left > 0 {
+        let limit = usize::try_from(left).map_or(PIPE_SIZE, |left| left.min(PIPE_SIZE));
+        match splice(&file, None, &stdout, None, limit, SpliceFlags::empty()) {
+            Ok(0) => return Ok(()),
+            Ok(count) => left = left.saturating_sub(count as u64),
+            Err(Errno::INTR) => {}
+            // Not every kind of file can do so.
+            Err(Errno::INVAL) => break,
+            Err(errno) => return Err(fail(errno.into())),
+        }
+    }
+    let mut buffer = vec![0; MAX_DATA];
     while left > 0 {
         let limit = usize::try_from(left).map_or(MAX_DATA, |left| left.min(MAX_DATA));
         let count = match file.read(buffer.get_mut(..limit).unwrap_or_default()) {
@@ -108,7 +121,7 @@ impl Input {
     /// Writes everything to `file`.
     fn pour(&self, file: &mut File, path: &Path) -> Result<(), Failure> {
         let stdin = io::stdin();
-        let mut buffer = vec![0; MAX_DATA];
+        let mut buffer = Vec::new();
         loop {
             let mut fds = [
                 PollFd::new(&stdin, PollFlags::IN),
@@ -118,7 +131,20 @@ impl Input {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(Failure::internal("poll", errno)),
             }
-            self.check()?;
+            let [_, termination] = fds.map(|fd| fd.revents());
+            if !termination.is_empty() {
+                self.check()?;
+            }
+            if buffer.is_empty() {
+                match splice(&stdin, None, &*file, None, PIPE_SIZE, SpliceFlags::NONBLOCK) {
+                    Ok(0) => break,
+                    Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
+                    // Not every kind of file can do so.
+                    Err(Errno::INVAL) => buffer = vec![0; MAX_DATA],
+                    Err(errno) => return Err(failed(path, &errno.into())),
+                }
+                continue;
+            }
             let count = match rustix::io::read(&stdin, &mut buffer) {
                 Ok(0) => break,
                 Ok(count) => count,
