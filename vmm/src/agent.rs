@@ -23,14 +23,13 @@ use std::time::{Duration, Instant};
 
 use guest_agent::frame::FrameError;
 use guest_agent::proto::{
-    DEFAULT_OUTPUT_WINDOW, ErrorCode, Exited, Hello, Ping, Shutdown, Stream, exited, from_agent,
-    to_agent,
+    ErrorCode, Exited, Hello, Ping, Shutdown, Stream, exited, from_agent, to_agent,
 };
 use guest_agent::version::{SUPPORTED, VersionRange};
 use thiserror::Error;
 
 use channel::Channel;
-use link::{Event, Link, Owner, Request};
+use link::{Event, Link, OUTPUT_WINDOW, Owner, Request};
 use stdio::{Input, Sink};
 
 pub use files::WriteOptions;
@@ -239,12 +238,12 @@ impl Agent {
             min_version: SUPPORTED.min,
             max_version: SUPPORTED.max,
             software: concat!("bough-vmm ", env!("CARGO_PKG_VERSION")).into(),
-            output_window: DEFAULT_OUTPUT_WINDOW,
+            output_window: OUTPUT_WINDOW,
             ..Hello::default()
         };
         channel.send(0, to_agent::Kind::Hello(ours))?;
         Ok(Self {
-            owner: Link::start(channel, DEFAULT_OUTPUT_WINDOW, 0)?,
+            owner: Link::start(channel, OUTPUT_WINDOW, 0)?,
             hello: Arc::new(hello),
             file_user: String::new(),
         })

@@ -5,11 +5,9 @@
 
 use std::io::{self, Read, Write};
 
-use guest_agent::proto::{
-    DEFAULT_OUTPUT_WINDOW, MAX_DATA, StdinClose, StdinData, Stream, from_agent, to_agent,
-};
+use guest_agent::proto::{MAX_DATA, StdinClose, StdinData, Stream, from_agent, to_agent};
 
-use super::link::{Event, Request};
+use super::link::{Event, OUTPUT_WINDOW, Request};
 use super::{AgentError, UNEXPECTED};
 
 /// A request whose content goes one way or the other.
@@ -80,8 +78,8 @@ impl Content {
     /// The next bytes; none at the end.
     pub fn fill(&mut self) -> Result<&[u8], AgentError> {
         while self.start == self.data.len() && !self.done {
-            // Not for every few bytes: a credit is a message, and a quarter keeps the agent going.
-            if self.taken >= DEFAULT_OUTPUT_WINDOW / 4 {
+            // Not for every few bytes: a credit is a message, and the other half keeps the agent going.
+            if self.taken >= OUTPUT_WINDOW / 2 {
                 let taken = std::mem::take(&mut self.taken);
                 self.request.give_credit(Stream::Stdout, taken)?;
             }

@@ -20,6 +20,9 @@ use super::channel::{Channel, timeout_until};
 use super::inbox::{Broken, Inbox, State, index};
 use super::{AgentError, UNEXPECTED, printable};
 
+/// How many bytes of each output stream the agent may send ahead of whoever takes them.
+pub(super) const OUTPUT_WINDOW: u32 = 512 * 1024;
+
 /// The connection.
 pub(super) struct Link {
     socket: UnixStream,

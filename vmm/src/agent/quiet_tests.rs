@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use guest_agent::frame::{self, FrameBuffer};
 use guest_agent::proto::{
-    DEFAULT_OUTPUT_WINDOW, Done, Error, Exited, FromAgent, Hello, Pong, Stdout, ToAgent,
-    exited::Status, from_agent::Kind, to_agent::Kind as Ask,
+    Done, Error, Exited, FromAgent, Hello, Pong, Stdout, ToAgent, exited::Status, from_agent::Kind,
+    to_agent::Kind as Ask,
 };
 use snapshot_fmt::state::agent::AgentState;
 
+use super::link::OUTPUT_WINDOW;
 use super::{Agent, AgentError, ExecRequest, RestoredRequest, Stdin, Stdio};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -118,7 +119,7 @@ fn a_connection_at_rest_goes_on_without_a_greeting() {
     });
     let state = wait_for_rest(&agent, true).unwrap();
     assert_eq!(state.last_request_id, 1);
-    assert_eq!(state.output_window, DEFAULT_OUTPUT_WINDOW);
+    assert_eq!(state.output_window, OUTPUT_WINDOW);
 
     let (copy, mut peer) = resumed(&state);
     assert_eq!(copy.hello(), agent.hello());

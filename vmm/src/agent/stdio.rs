@@ -7,13 +7,11 @@
 use std::io::Write;
 use std::os::fd::BorrowedFd;
 
-use guest_agent::proto::{
-    DEFAULT_OUTPUT_WINDOW, MAX_DATA, StdinClose, StdinData, Stream, to_agent,
-};
+use guest_agent::proto::{MAX_DATA, StdinClose, StdinData, Stream, to_agent};
 use rustix::io::Errno;
 
 use super::AgentError;
-use super::link::Request;
+use super::link::{OUTPUT_WINDOW, Request};
 
 /// Where a program's standard input comes from.
 #[derive(Clone, Copy, Debug)]
@@ -133,8 +131,8 @@ impl<'a> Sink<'a> {
         self.taken = self
             .taken
             .saturating_add(data.len().try_into().unwrap_or(u32::MAX));
-        // Not for every few bytes: a credit is a message, and a quarter keeps the agent going.
-        if self.taken >= DEFAULT_OUTPUT_WINDOW / 4 {
+        // Not for every few bytes: a credit is a message, and the other half keeps the agent going.
+        if self.taken >= OUTPUT_WINDOW / 2 {
             request.give_credit(self.stream, std::mem::take(&mut self.taken))?;
         }
         if self.failed {
