@@ -41,7 +41,7 @@ pub struct ProgramArgs {
     /// Give it a terminal
     #[arg(short, long)]
     tty: bool,
-    /// For the habit of others: standard input is the program's in any case
+    /// For the habit of others: standard input is the program's in any case, as in a shell; < /dev/null keeps it from it
     #[arg(short, long)]
     interactive: bool,
     /// Kill it, with all that it has started, where together they use more memory: MiB, or with a unit
