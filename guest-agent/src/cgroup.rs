@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use guest_agent::proto::{ErrorCode, Limits};
 use nix::libc::O_DIRECTORY;
 use rustix::io::Errno;
+use rustix::process::Pid;
 
 use crate::failure::Failure;
 
@@ -177,6 +178,14 @@ impl Cgroup {
     /// What a process is started into.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
+    }
+
+    /// Takes a process in that runs already.
+    ///
+    /// # Errors
+    /// The process is gone, or the group takes no more.
+    pub fn adopt(&self, pid: Pid) -> std::io::Result<()> {
+        put(&self.path.join("cgroup.procs"), &pid.to_string())
     }
 
     /// Kills every process in it.

@@ -4,17 +4,19 @@
 //! the protocol gets one Error and no more requests are read from it; a connection that
 //! has failed or is gone has killed all its programs.
 
+mod code;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use guest_agent::frame::{FrameBuffer, FrameError};
 use guest_agent::proto::{
-    DEFAULT_OUTPUT_WINDOW, Done, ErrorCode, Exec, Hello, MAX_DATA, Pong, Restored, RunCode,
-    Shutdown, ShuttingDown, Started, Stream, ToAgent, from_agent::Kind, to_agent,
+    DEFAULT_OUTPUT_WINDOW, Done, ErrorCode, Exec, Hello, MAX_DATA, Pong, Restored, Shutdown,
+    ShuttingDown, Started, Stream, ToAgent, from_agent::Kind, to_agent,
 };
 use guest_agent::version::{SUPPORTED, VersionRange};
 use rustix::io::Errno;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 
 use crate::cgroup::{Cgroup, Cgroups};
 use crate::failure::Failure;
@@ -24,6 +26,7 @@ use crate::output::Output;
 use crate::program::Program;
 use crate::restored::{self, Random};
 use crate::sys::Ended;
+use crate::warm::{Outcome, Warm};
 use crate::{runners, spawn};
 
 /// The most programs that may run at once for one connection.
@@ -43,6 +46,8 @@ pub struct Context<'a> {
     pub cgroups: &'a mut Cgroups,
     /// What a restored guest's random numbers start anew with.
     pub random: &'a mut Random,
+    /// The interpreters that stand ready.
+    pub warm: &'a mut Warm,
 }
 
 /// A client's connection.
@@ -53,6 +58,8 @@ pub struct Connection {
     programs: Vec<Program>,
     /// Control groups of programs that are over, to be removed when they are empty.
     remains: Vec<Cgroup>,
+    /// Requests that wait for an interpreter to stand ready.
+    warming: Vec<(u32, Outcome)>,
     state: State,
     /// Whether the agent has made the connection, to the host.
     is_link: bool,
@@ -83,6 +90,7 @@ impl Connection {
             output,
             programs: Vec::new(),
             remains: Vec::new(),
+            warming: Vec::new(),
             state: State::Greeting,
             is_link: false,
             is_greeted: false,
@@ -193,6 +201,7 @@ impl Connection {
             program.kill();
             self.remains.extend(program.cgroup.take());
         }
+        self.warming.clear();
     }
 
     /// The control groups of programs that are over since this was last asked.
@@ -250,7 +259,8 @@ impl Connection {
             .programs
             .iter_mut()
             .find(|program| program.request_id == id);
-        if starts && program.is_some() {
+        let is_warming = self.warming.iter().any(|(warming, _)| *warming == id);
+        if starts && (program.is_some() || is_warming) {
             let message = format!("request id {id} belongs to a running request");
             return Err(Failure::new(ErrorCode::BadRequestId, message));
         }
@@ -262,6 +272,14 @@ impl Connection {
             }
             (Some(Ask::Exec(exec)), _) => self.exec(id, &exec, None, output_window, context),
             (Some(Ask::RunCode(code)), _) => self.run_code(id, code, output_window, context),
+            (Some(Ask::Warm(warm)), _) => self.warm(id, &warm, context),
+            (Some(Ask::Cancel(_)), None) if is_warming => {
+                self.warming.retain(|(warming, _)| *warming != id);
+                Err(Failure::new(
+                    ErrorCode::Cancelled,
+                    "the request was cancelled",
+                ))
+            }
             (Some(Ask::Shutdown(shutdown)), _) => self.shutdown(id, shutdown, context),
             (Some(Ask::Restored(restored)), _) => self.restored(id, &restored, context),
             (Some(Ask::ReadFile(it)), _) => self.work(id, &Task::Read(it), output_window, context),
@@ -339,18 +357,13 @@ impl Connection {
         Ok(())
     }
 
-    fn run_code(
-        &mut self,
-        id: u32,
-        code: RunCode,
-        output_window: u32,
-        context: &mut Context<'_>,
-    ) -> Result<(), Failure> {
-        *context.source_files += 1;
-        let identity = Identity::resolve(&code.user, context.is_init)?;
-        let owner = identity.as_ref().map(Identity::ids);
-        let (exec, file) = runners::prepare(code, *context.source_files, owner)?;
-        self.exec(id, &exec, file, output_window, context)
+    fn admit(&mut self, mut program: Program, timeout_ms: u64) {
+        if timeout_ms > 0 {
+            // One that is beyond what a clock can say is as good as none.
+            let timeout = Duration::from_millis(timeout_ms);
+            program.set_deadline(Instant::now().checked_add(timeout));
+        }
+        self.programs.push(program);
     }
 
     fn exec(
@@ -371,15 +384,9 @@ impl Connection {
                 return Err(failure);
             }
         };
-        let mut program = Program::new(id, spawned, output_window, cgroup, file);
-        if exec.timeout_ms > 0 {
-            // One that is beyond what a clock can say is as good as none.
-            let timeout = Duration::from_millis(exec.timeout_ms);
-            program.set_deadline(Instant::now().checked_add(timeout));
-        }
-        let pid = u32::try_from(program.pid().as_raw_nonzero().get()).unwrap_or(0);
-        self.output.push(id, Kind::Started(Started { pid }));
-        self.programs.push(program);
+        let program = Program::new(id, spawned, output_window, cgroup, file);
+        self.output.push(id, started(program.pid()));
+        self.admit(program, exec.timeout_ms);
         Ok(())
     }
 
@@ -457,17 +464,19 @@ impl Connection {
 
     /// A process has ended; says whether it was one of this connection's.
     pub fn reaped(&mut self, ended: &Ended) -> bool {
-        match self
-            .programs
-            .iter_mut()
-            .find(|program| program.is_process(ended.pid))
-        {
-            Some(program) => {
-                program.reaped(ended);
-                true
+        let mut programs = self.programs.iter();
+        let Some(index) = programs.position(|program| program.is_process(ended.pid)) else {
+            return false;
+        };
+        self.hear(index);
+        if let Some(program) = self.programs.get_mut(index) {
+            match &mut program.start {
+                None => program.reaped(ended),
+                // It has ended before it ran anything.
+                Some(start) => start.lost(),
             }
-            None => false,
         }
+        true
     }
 
     /// Reports the programs that are over.
@@ -483,4 +492,9 @@ impl Connection {
             false
         });
     }
+}
+
+fn started(pid: Pid) -> Kind {
+    let pid = u32::try_from(pid.as_raw_nonzero().get()).unwrap_or(0);
+    Kind::Started(Started { pid })
 }

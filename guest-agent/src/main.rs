@@ -25,6 +25,7 @@ mod signals;
 mod source;
 mod spawn;
 mod sys;
+mod warm;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -10,7 +10,8 @@ use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use guest_agent::proto::{
-    Credit, Done, Error, ErrorCode, Exited, Resize, Stderr, Stdout, Stream, from_agent::Kind,
+    Credit, Done, Error, ErrorCode, Exited, Resize, Stderr, Stdout, Stream, exited,
+    from_agent::Kind,
 };
 use prost::Message;
 use rustix::io::{Errno, write};
@@ -25,6 +26,7 @@ use crate::runners::SourceFile;
 use crate::source::Source;
 use crate::spawn::{Spawned, window};
 use crate::sys::Ended;
+use crate::warm::Start;
 
 /// The credit in bytes that each standard input starts with: what a pipe holds.
 pub const STDIN_WINDOW: u32 = 64 * 1024;
@@ -125,6 +127,10 @@ pub struct Program {
     pub cgroup: Option<Cgroup>,
     /// Held for its drop, which comes when the program is over.
     _source_file: Option<SourceFile>,
+    /// Its way into a copy of an interpreter, until it runs.
+    pub start: Option<Box<Start>>,
+    /// Whether it was to run in one.
+    warm: bool,
 }
 
 impl Program {
@@ -154,7 +160,34 @@ impl Program {
             timed_out: false,
             cgroup,
             _source_file: source_file,
+            start: None,
+            warm: false,
         }
+    }
+
+    /// The same, on its way into a copy of an interpreter that stands ready.
+    pub fn through(self, start: Box<Start>) -> Self {
+        Self {
+            start: Some(start),
+            warm: true,
+            ..self
+        }
+    }
+
+    /// It runs as process `pid`: in a copy, or if that has failed in a fresh interpreter.
+    pub fn begin(&mut self, pid: Pid) {
+        self.pid = pid;
+        if let Some(start) = self.start.take() {
+            self.warm = !start.has_failed();
+            if let Some(signal) = start.signal {
+                self.signal(signal);
+            }
+        }
+    }
+
+    /// Whether it runs in a copy of an interpreter, or is on its way into one.
+    pub fn is_warm(&self) -> bool {
+        self.warm
     }
 
     /// A helper that was just started.
@@ -176,15 +209,25 @@ impl Program {
 
     /// When it is to be ended.
     pub fn deadline(&self) -> Option<Instant> {
-        self.deadline
+        let give_up = self.start.as_ref().and_then(|start| start.give_up);
+        [self.deadline, give_up]
+            .into_iter()
+            .flatten()
+            .min()
             .filter(|_| self.exited.is_none() && !self.timed_out)
     }
 
     /// Ends it if its time is over.
     pub fn check_deadline(&mut self, now: Instant) {
-        if self.deadline().is_some_and(|deadline| deadline <= now) {
-            self.timed_out = true;
-            self.kill();
+        if self.deadline().is_none_or(|deadline| deadline > now) {
+            return;
+        }
+        match &mut self.start {
+            Some(start) if self.deadline.is_none_or(|deadline| deadline > now) => start.give_up(),
+            _ => {
+                self.timed_out = true;
+                self.kill();
+            }
         }
     }
 
@@ -195,7 +238,11 @@ impl Program {
 
     /// Whether it is this process, and not one that got its number after it.
     pub fn is_process(&self, pid: Pid) -> bool {
-        self.pid == pid && self.exited.is_none()
+        let own = match &self.start {
+            Some(start) => start.pid(),
+            None => Some(self.pid),
+        };
+        own == Some(pid) && self.exited.is_none()
     }
 
     /// The pipe of a stream, if it is worth waiting for: a source with credit, a sink with bytes for it.
@@ -325,8 +372,10 @@ impl Program {
 
     /// Sends a signal to the process group, unless its leader is gone: then its number may be
     /// another's by now.
-    pub fn signal(&self, signal: Signal) {
-        if self.exited.is_none() && matches!(self.role, Role::Program) {
+    pub fn signal(&mut self, signal: Signal) {
+        if let Some(start) = &mut self.start {
+            start.signal = Some(signal);
+        } else if self.exited.is_none() && matches!(self.role, Role::Program) {
             // The group may be gone already, though not reaped: then there is nobody to tell.
             let _ = kill_process_group(self.pid, signal);
         }
@@ -339,6 +388,15 @@ impl Program {
                 self.signal(Signal::KILL);
                 if let Some(cgroup) = &self.cgroup {
                     cgroup.kill();
+                }
+                if let Some(mut start) = self.start.take() {
+                    // It has not begun, so this is its end.
+                    start.give_up();
+                    self.end(Exited {
+                        status: Some(exited::Status::Signal(Signal::KILL.as_raw().unsigned_abs())),
+                        timed_out: self.timed_out,
+                        ..Exited::default()
+                    });
                 }
             }
             Role::Helper { cancelled, .. } => {
@@ -361,9 +419,14 @@ impl Program {
             user_us: ended.user_us,
             system_us: ended.system_us,
             peak_memory_bytes: ended.peak_bytes,
+            warm: self.warm,
         };
         if let Some(cgroup) = &self.cgroup {
             let usage = cgroup.usage();
+            if self.warm {
+                // The process has worked before it was this program's, in another group.
+                (exited.user_us, exited.system_us) = (0, 0);
+            }
             exited.user_us = usage.user_us.max(exited.user_us);
             exited.system_us = usage.system_us.max(exited.system_us);
             if let Some((peak, killed)) = cgroup.memory() {
@@ -371,6 +434,10 @@ impl Program {
                 exited.oom_killed = killed;
             }
         }
+        self.end(exited);
+    }
+
+    fn end(&mut self, exited: Exited) {
         self.exited = Some(exited);
         self.stdin.pipe = None;
         self.stdout.end();
@@ -384,9 +451,8 @@ impl Program {
         let Role::Helper { report, cancelled } = &self.role else {
             return Some(Kind::Exited(exited));
         };
-        use guest_agent::proto::exited::Status;
         Some(match exited.status {
-            Some(Status::Code(0)) => Kind::Done(Done {}),
+            Some(exited::Status::Code(0)) => Kind::Done(Done {}),
             _ if *cancelled => {
                 Kind::Error(Failure::new(ErrorCode::Cancelled, "the request was cancelled").into())
             }

@@ -77,9 +77,7 @@ pub fn prepare(
 ) -> Result<(Exec, Option<SourceFile>), Failure> {
     let invalid = |message: String| Failure::new(ErrorCode::InvalidArgument, message);
     let (interpreter, default_name) = match code.language() {
-        // Each directory that is searched in vain costs a guest some disk reads.
-        Language::Python if has_path(&code) => ("python3", "main.py"),
-        Language::Python => ("/usr/bin/python3", "main.py"),
+        Language::Python => (python(&code.env), "main.py"),
         Language::Shell => ("/bin/sh", "main.sh"),
         Language::Unspecified => {
             return Err(invalid(format!("unknown language {}", code.language)));
@@ -126,8 +124,14 @@ pub fn prepare(
     Ok((exec, file))
 }
 
-fn has_path(code: &RunCode) -> bool {
-    code.env.iter().any(|variable| variable.name == "PATH")
+/// The Python of programs that have these variables.
+pub fn python(env: &[EnvVar]) -> &'static str {
+    if env.iter().any(|variable| variable.name == "PATH") {
+        "python3"
+    } else {
+        // Each directory that is searched in vain costs a guest some disk reads.
+        "/usr/bin/python3"
+    }
 }
 
 /// Puts a directory in front of what PYTHONPATH the client gave: as a script lies in a

@@ -18,9 +18,10 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use crate::cgroup::{Cgroup, Cgroups};
 use crate::connection::{Connection, Context};
 use crate::failure::Failure;
-use crate::program::STDIN_WINDOW;
+use crate::program::{Program, STDIN_WINDOW};
 use crate::restored::Random;
 use crate::signals::Signals;
+use crate::warm::{Warm, Which};
 use crate::{power, sys};
 
 /// The most clients at once; more wait in the listener's queue.
@@ -37,6 +38,9 @@ enum Token {
     Listener(usize),
     Client(usize),
     Pipe(usize, u32, Stream),
+    /// A copy of an interpreter, on its way into which a program is.
+    Start(usize, u32),
+    Warm(Which),
 }
 
 /// Opens a connection to the host.
@@ -54,6 +58,7 @@ pub struct Server {
     scratch: Vec<u8>,
     source_files: u64,
     cgroups: Cgroups,
+    warm: Warm,
     /// Control groups that are to be removed as soon as their last process is gone.
     remains: Vec<Cgroup>,
     random: Random,
@@ -80,6 +85,7 @@ impl Server {
             scratch: vec![0; SCRATCH],
             source_files: 0,
             cgroups: Cgroups::new(is_init),
+            warm: Warm::default(),
             remains: Vec::new(),
             random: Random::default(),
             shutdown: None,
@@ -127,6 +133,7 @@ impl Server {
             Feature::Shell.into(),
             Feature::Pty.into(),
             Feature::Files.into(),
+            Feature::Warm.into(),
         ];
         if self.is_init {
             features.push(Feature::User.into());
@@ -170,10 +177,15 @@ impl Server {
         let input = PollFlags::IN;
         for (index, connection) in self.connections.iter().enumerate() {
             for program in connection.programs() {
+                if let Some(start) = &program.start {
+                    tokens.push(Token::Start(index, program.request_id));
+                    fds.push(PollFd::from_borrowed_fd(start.socket(), input));
+                }
                 for stream in [Stream::Stdin, Stream::Stdout, Stream::Stderr] {
                     let flags = match stream {
                         Stream::Stdin => PollFlags::OUT,
-                        _ if connection.wants_output() => input,
+                        // Started comes before any output.
+                        _ if connection.wants_output() && program.start.is_none() => input,
                         _ => continue,
                     };
                     if let Some(pipe) = program.waits_for(stream) {
@@ -182,6 +194,10 @@ impl Server {
                     }
                 }
             }
+        }
+        for (which, socket) in self.warm.sockets() {
+            tokens.push(Token::Warm(which));
+            fds.push(PollFd::from_borrowed_fd(socket, input));
         }
         tokens.push(Token::Signals);
         fds.push(PollFd::from_borrowed_fd(self.signals.fd(), input));
@@ -222,6 +238,12 @@ impl Server {
                         connection.move_data(request_id, stream, &mut self.scratch);
                     }
                 }
+                Token::Start(index, request_id) => {
+                    if let Some(connection) = self.connections.get_mut(index) {
+                        connection.hear_start(request_id);
+                    }
+                }
+                Token::Warm(which) => self.warm.hear(which, &mut self.cgroups),
                 Token::Signals => self.take_signals(),
                 Token::Client(index) => self.serve(index, flags),
                 Token::Listener(index) => self.accept(index),
@@ -232,12 +254,19 @@ impl Server {
             if let Some(now) = now {
                 connection.check_deadlines(now);
             }
+            connection.settle();
             connection.report(&mut self.scratch);
             if connection.wants_to_send() {
                 connection.flush();
             }
             self.remains.extend(connection.take_remains());
         }
+        let is_idle = !self.connections.iter().any(|connection| {
+            let mut programs = connection.programs().iter();
+            programs.any(Program::is_warm)
+        });
+        self.warm.tend(is_idle);
+        self.remains.extend(self.warm.take_remains());
         self.remains.retain(|cgroup| !cgroup.remove());
         let is_lost = self.connections.iter().any(Connection::is_lost_link);
         self.connections.retain(|connection| !connection.is_over());
@@ -267,7 +296,9 @@ impl Server {
     fn reap(&mut self) {
         while let Some(ended) = sys::reap() {
             let mut connections = self.connections.iter_mut();
-            connections.any(|connection| connection.reaped(&ended));
+            if !connections.any(|connection| connection.reaped(&ended)) {
+                self.warm.reaped(&ended, &mut self.cgroups);
+            }
         }
     }
 
@@ -283,6 +314,7 @@ impl Server {
                 shutdown: &mut self.shutdown,
                 cgroups: &mut self.cgroups,
                 random: &mut self.random,
+                warm: &mut self.warm,
             });
         } else if flags.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
             connection.hung_up();

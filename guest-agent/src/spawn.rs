@@ -50,10 +50,13 @@ pub struct Spawned {
 }
 
 /// The ends that the child gets.
-struct Theirs {
-    stdin: OwnedFd,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
+pub struct Theirs {
+    /// Its standard input.
+    pub stdin: OwnedFd,
+    /// Its standard output.
+    pub stdout: OwnedFd,
+    /// Its standard error.
+    pub stderr: OwnedFd,
 }
 
 /// What the child could not do.
@@ -73,15 +76,29 @@ pub fn spawn(
     identity: Option<&Identity>,
     cgroup: Option<&Cgroup>,
 ) -> Result<Spawned, Failure> {
+    let (theirs, mut spawned) = match &exec.pty {
+        Some(pty) => terminal(pty, identity)?,
+        None => pipes(exec.stdin, identity)?,
+    };
+    spawned.pid = start(exec, identity, cgroup, &theirs)?;
+    Ok(spawned)
+}
+
+/// Starts a program as [`spawn`] does, with streams that were made before.
+///
+/// # Errors
+/// As [`spawn`].
+pub fn start(
+    exec: &Exec,
+    identity: Option<&Identity>,
+    cgroup: Option<&Cgroup>,
+    theirs: &Theirs,
+) -> Result<Pid, Failure> {
     let program = check(exec)?;
     let image = image(program, exec, identity);
     let directory = c_string(exec.cwd.clone());
     let home = identity.map(|identity| c_string(identity.home.as_os_str().as_bytes().to_vec()));
     let groups = identity.map(Identity::group_ids).unwrap_or_default();
-    let (theirs, mut spawned) = match &exec.pty {
-        Some(pty) => terminal(pty, identity)?,
-        None => pipes(exec.stdin, identity)?,
-    };
 
     let mut trouble = None;
     let mut child = || {
@@ -91,7 +108,7 @@ pub fn spawn(
             dup2_stdin(&theirs.stdin).map_err(setup("dup2"))?;
             dup2_stdout(&theirs.stdout).map_err(setup("dup2"))?;
             dup2_stderr(&theirs.stderr).map_err(setup("dup2"))?;
-            if spawned.is_terminal {
+            if exec.pty.is_some() {
                 setsid().map_err(setup("setsid"))?;
                 ioctl_tiocsctty(&theirs.stdin).map_err(setup("TIOCSCTTY"))?;
             } else {
@@ -116,10 +133,7 @@ pub fn spawn(
     let pid =
         sys::vfork(cgroup.map(Cgroup::fd), &mut child).map_err(|errno| explain(program, errno))?;
     match trouble {
-        None => {
-            spawned.pid = pid;
-            Ok(spawned)
-        }
+        None => Ok(pid),
         Some(Trouble::Execute(errno)) => Err(explain(program, errno)),
         Some(Trouble::Setup(call, errno)) => Err(Failure::internal(call, errno)),
         Some(Trouble::Directory(errno)) => Err(Failure::new(
@@ -153,7 +167,10 @@ fn c_string(bytes: Vec<u8>) -> CString {
 }
 
 /// The program's name, once everything that the kernel would choke on is ruled out.
-fn check(exec: &Exec) -> Result<&OsStr, Failure> {
+///
+/// # Errors
+/// A failure that names the field.
+pub fn check(exec: &Exec) -> Result<&OsStr, Failure> {
     let invalid = |message: &str| Failure::new(ErrorCode::InvalidArgument, message);
     let Some(program) = exec.argv.first().filter(|program| !program.is_empty()) else {
         return Err(invalid("argv names no program"));
@@ -206,7 +223,8 @@ fn search_path(exec: &Exec) -> &[u8] {
     }
 }
 
-fn environment(exec: &Exec, identity: Option<&Identity>) -> Vec<CString> {
+/// The environment that the program will have, each variable as "NAME=value".
+pub fn environment(exec: &Exec, identity: Option<&Identity>) -> Vec<CString> {
     let tunables = std::env::var_os(TUNABLES);
     let mut variables: Vec<(&[u8], &[u8])> = Vec::new();
     if !exec.clear_env {
@@ -252,7 +270,11 @@ fn give(fd: BorrowedFd<'_>, identity: Option<&Identity>) {
     }
 }
 
-fn pipes(stdin: bool, identity: Option<&Identity>) -> Result<(Theirs, Spawned), Failure> {
+/// Pipes for a program, not yet with its process id; /dev/null for a standard input that is not wanted.
+///
+/// # Errors
+/// There are too many open files.
+pub fn pipes(stdin: bool, identity: Option<&Identity>) -> Result<(Theirs, Spawned), Failure> {
     let make = || -> Result<(Theirs, Spawned), Errno> {
         let (their_stdin, our_stdin) = if stdin {
             let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;

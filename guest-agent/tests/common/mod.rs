@@ -120,6 +120,7 @@ pub struct Outcome {
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
     pub status: Option<Status>,
+    pub warm: bool,
     pub error: Option<Error>,
 }
 
@@ -222,6 +223,7 @@ impl Client {
                 }
                 Kind::Exited(exited) => {
                     outcome.status = exited.status;
+                    outcome.warm = exited.warm;
                     return outcome;
                 }
                 Kind::Error(error) => {
