@@ -127,6 +127,7 @@ fn add(
             drives: Vec::new(),
             vsock_cid: None,
         },
+        programs: Default::default(),
         cpu: CpuFingerprint {
             vendor: String::new(),
             model: String::new(),

@@ -39,7 +39,8 @@ pub use stdio::{Stdin, Stdio};
 
 pub use guest_agent::proto::{
     AGENT_PORT, EnvVar, Exec as ExecRequest, FileInfo, FileKind, Language, Limits, Pty,
-    Restored as RestoredRequest, RunCode as RunCodeRequest, ShutdownMode, WatchEvent, WatchKind,
+    Restored as RestoredRequest, RunCode as RunCodeRequest, ShutdownMode, Warm as WarmRequest,
+    WatchEvent, WatchKind,
 };
 pub use guest_agent::tree::TreeError;
 
@@ -172,6 +173,8 @@ pub struct Ended {
     pub system_time: Duration,
     /// The most memory that it used, in bytes.
     pub peak_memory: u64,
+    /// Whether it was code that ran in a copy of an interpreter that stood ready.
+    pub warm: bool,
 }
 
 /// A connection to the guest agent. A clone is another handle to the same connection, which ends
@@ -301,6 +304,18 @@ impl Agent {
         self.running(to_agent::Kind::RunCode(request))
     }
 
+    /// Has an interpreter stand ready; comes back when it does.
+    ///
+    /// # Errors
+    /// [`AgentError::Refused`] if there cannot be one, with the name of a module that cannot be imported, and all that a broken
+    /// or silent connection can lead to.
+    pub fn warm(&self, request: WarmRequest) -> Result<(), AgentError> {
+        match Request::start(&self.owner, to_agent::Kind::Warm(request))?.end()? {
+            from_agent::Kind::Done(_) => Ok(()),
+            _ => Err(UNEXPECTED),
+        }
+    }
+
     fn running(&self, kind: to_agent::Kind) -> Result<Running, AgentError> {
         Ok(Running {
             request: Request::start(&self.owner, kind)?,
@@ -425,6 +440,7 @@ fn ended(exited: &Exited) -> Result<Ended, AgentError> {
         user_time: Duration::from_micros(exited.user_us),
         system_time: Duration::from_micros(exited.system_us),
         peak_memory: exited.peak_memory_bytes,
+        warm: exited.warm,
     })
 }
 

@@ -8,11 +8,12 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use prost::Message;
 use serde::Serialize;
 use snapshot_fmt::digest::Digest;
 use snapshot_fmt::manifest::{self, CpuFingerprint, Programs};
 
-use crate::agent::Agent;
+use crate::agent::{Agent, WarmRequest};
 use crate::config::VmConfig;
 use crate::machine::Machine;
 use crate::pager::Mode;
@@ -24,6 +25,7 @@ use crate::snapshot::save::{Order, take};
 use crate::store::Store;
 use crate::store::remove::GcLimits;
 use crate::user_dirs::cache_dir;
+use crate::warm::WarmRuntime;
 
 /// Bytes that the cache may have.
 const BYTES_MAX: u64 = 1 << 30;
@@ -65,16 +67,19 @@ struct Inputs {
     kernel: Identity,
     monitor: Identity,
     cpu: CpuFingerprint,
+    /// The request for the interpreter that stands ready.
+    interpreter: Option<Vec<u8>>,
 }
 
 impl BootCache {
-    /// The cache for the guest of `config`. None where it cannot be cached: the guest may write to a disk, or there is no place.
-    pub fn of(config: &VmConfig) -> Option<Self> {
+    /// The cache for the guest of `config`, in which an interpreter stands ready, if one is wanted. None where it cannot be cached: the guest may write to a disk, or there is no place.
+    pub fn of(config: &VmConfig, interpreter: Option<WarmRequest>) -> Option<Self> {
         let inputs = Inputs {
             machine: describe(config).ok()?,
             kernel: Identity::of(&config.kernel).ok()?,
             monitor: Identity::of(Path::new("/proc/self/exe")).ok()?,
             cpu: cpu(),
+            interpreter: interpreter.map(|request| request.encode_to_vec()),
         };
         let key = Digest::of(&serde_json::to_vec(&inputs).ok()?).to_string();
         Some(Self {
@@ -110,12 +115,14 @@ impl BootCache {
         machine: &Machine,
         config: &VmConfig,
         agent: &Agent,
+        warm: Option<&WarmRuntime>,
     ) -> Result<(), SnapshotError> {
         let order = Order {
             machine,
             config,
             agent: Some(agent),
             programs: Programs::default(),
+            warm: warm.map(Into::into),
             name: Some(self.key.clone()),
             lineage: Lineage::default(),
             parent: None,

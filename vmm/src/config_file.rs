@@ -18,6 +18,7 @@ use serde::Deserialize;
 pub use self::error::ConfigFileError;
 use self::values::Table;
 use crate::config::DriveInterface;
+use crate::warm::WarmRuntime;
 
 /// Longest file that is read, in bytes.
 pub const SIZE_MAX: u64 = 1 << 20;
@@ -80,6 +81,9 @@ pub struct AgentEntry {
     pub cwd: Option<String>,
     /// Who runs them: a name, or `UID[:GID]`.
     pub user: Option<String>,
+    /// The interpreter that stands ready for code: `"python"`, or `"python:json,re"`.
+    #[serde(deserialize_with = "values::warm")]
+    pub warm: Option<WarmRuntime>,
 }
 
 /// How a file is written.

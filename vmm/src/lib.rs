@@ -32,3 +32,4 @@ pub mod sys;
 pub mod timings;
 pub mod user_dirs;
 pub mod vcpu;
+pub mod warm;

@@ -28,6 +28,11 @@ pub struct BootArgs {
 
 /// Carries out `vmm boot`.
 pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
+    if args.vm.warm.is_some() {
+        let message =
+            "--warm needs the guest's agent, which boot does without: give it to run or start";
+        return Err(CliError::BadInput(message.to_owned()));
+    }
     let timings = Arc::new(Timings::since(start));
     let vm = args.vm.resolve()?;
     let image = vm.image.as_deref().map(|path| installed_image(Some(path)));

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::launch::{Launch, become_monitor, keep_boot};
+use super::launch::{Launch, become_monitor};
 use super::ready::{Boot, listen_for_agent};
 use super::vm_spec::VmSpec;
 use super::{CliError, ending_status, print};
@@ -122,6 +122,7 @@ fn record(sandbox: &SandboxDir, vm: &VmSpec, config: &VmConfig) -> Record {
         env: env.collect(),
         cwd: vm.cwd.clone(),
         user: vm.user.clone(),
+        warm: vm.warm.clone(),
     }
 }
 
@@ -149,11 +150,7 @@ pub fn monitor(mut launch: Launch, show_timings: bool, start: Instant) -> Result
         start,
         timings: &timings,
     };
-    let (agent, watch) = boot.agent(ready, &launch.source)?;
-    if let Some(cache) = cache {
-        keep_boot(&cache, &machine, &config, &agent);
-        timings.mark("boot kept");
-    }
+    let (agent, watch) = boot.agent(ready, &launch, &config, cache)?;
     if let Some(ending) = watch.end() {
         return Err(boot.cut_short(ending));
     }

@@ -9,7 +9,6 @@ use snapshot_fmt::chain::Chain;
 use super::vm_args::{installed_image, installed_kernel};
 use super::vm_spec::VmSpec;
 use super::{CliError, ending_status};
-use crate::agent::Agent;
 use crate::boot_cache::BootCache;
 use crate::builder::{self, BuildError, Origin};
 use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
@@ -114,7 +113,10 @@ impl Launch {
         config: &VmConfig,
         timings: &Arc<Timings>,
     ) -> Result<(Machine, Option<BootCache>), CliError> {
-        let cache = self.cached.then(|| BootCache::of(config)).flatten();
+        let cache = self
+            .cached
+            .then(|| BootCache::of(config, self.spec.interpreter()))
+            .flatten();
         if let Some(cache) = &cache
             && let Some(saved) = cache.find()
         {
@@ -146,22 +148,6 @@ fn build(
         pages: saved.pages(),
     });
     builder::build(config, origin, timings)
-}
-
-/// Keeps the boot of a guest that is ready and has not worked yet. Without it the next one boots as well.
-pub fn keep_boot(cache: &BootCache, machine: &Machine, config: &VmConfig, agent: &Agent) {
-    // Its answer says that the agent is through with what it does at first.
-    let kept = agent
-        .ping()
-        .map_err(|error| error.to_string())
-        .and_then(|_| {
-            cache
-                .keep(machine, config, agent)
-                .map_err(|error| error.to_string())
-        });
-    if let Err(error) = kept {
-        complain(format_args!("warning: the boot is not kept: {error}"));
-    }
 }
 
 fn vsock(paths: &SandboxPaths) -> VsockConfig {

@@ -101,6 +101,16 @@ pub enum Work {
     },
 }
 
+impl Work {
+    /// Who runs it; empty for the unprivileged user.
+    pub fn user(&self) -> &str {
+        match self {
+            Self::Exec(request) => &request.user,
+            Self::Code { request, .. } => &request.user,
+        }
+    }
+}
+
 impl ProgramArgs {
     /// What the arguments ask for, in a sandbox whose programs get `env`, start in `cwd`, and are run by `user`, unless told
     /// otherwise.

@@ -5,10 +5,15 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use guest_agent::proto::Restored;
 use rustix::rand::{GetRandomFlags, getrandom};
+use snapshot_fmt::state::agent::AgentState;
 
 use super::CliError;
-use super::launch::Source;
+use super::launch::Launch;
+use super::vm_spec::VmSpec;
 use crate::agent::{AGENT_PORT, Agent, AgentError};
+use crate::boot_cache::BootCache;
+use crate::config::VmConfig;
+use crate::logger::complain;
 use crate::machine::Machine;
 use crate::sandbox::SandboxPaths;
 use crate::supervisor::{Ending, Supervisor, Watch};
@@ -64,13 +69,55 @@ impl Boot<'_> {
         }
     }
 
-    /// The agent of a machine that has just been made, ready for work. The watch shuts its connection when something cuts the
+    /// The agent of the machine that `launch` has made, ready for work: that of a guest that boots has the interpreter stand ready that is
+    /// wanted, and is kept in `cache`; that of a restored guest has been told so. The watch shuts its connection when something cuts the
     /// work short.
-    pub fn agent(&self, ready: UnixListener, source: &Source) -> Result<(Agent, Watch), CliError> {
-        let Some(saved) = source.saved() else {
-            return self.wait_for_agent(ready);
-        };
-        let (agent, watch) = match (self.machine.take_agent_link(), &saved.state.agent) {
+    pub fn agent(
+        &self,
+        ready: UnixListener,
+        launch: &Launch,
+        config: &VmConfig,
+        cache: Option<BootCache>,
+    ) -> Result<(Agent, Watch), CliError> {
+        if let Some(saved) = launch.source.saved() {
+            return self.restored_agent(ready, saved.state.agent.as_ref());
+        }
+        let (agent, watch) = self.wait_for_agent(ready)?;
+        if let Some(interpreter) = launch.spec.interpreter() {
+            if let Err(error) = agent.warm(interpreter) {
+                return Err(self
+                    .why(&error, watch)
+                    .unwrap_or_else(|| CliError::BadInput(format!("--warm: {error}"))));
+            }
+            self.timings.mark("interpreter ready");
+        }
+        if let Some(cache) = cache {
+            self.keep_boot(&cache, config, &launch.spec, &agent);
+            self.timings.mark("boot kept");
+        }
+        Ok((agent, watch))
+    }
+
+    /// Keeps the boot of a guest that has not worked yet. Without it the next one boots as well.
+    fn keep_boot(&self, cache: &BootCache, config: &VmConfig, vm: &VmSpec, agent: &Agent) {
+        // Its answer says that the agent is through with what it does at first.
+        let kept = agent.ping().map_err(|error| error.to_string());
+        let kept = kept.and_then(|_| {
+            let warm = vm.warm.as_ref();
+            let kept = cache.keep(self.machine, config, agent, warm);
+            kept.map_err(|error| error.to_string())
+        });
+        if let Err(error) = kept {
+            complain(format_args!("warning: the boot is not kept: {error}"));
+        }
+    }
+
+    fn restored_agent(
+        &self,
+        ready: UnixListener,
+        state: Option<&AgentState>,
+    ) -> Result<(Agent, Watch), CliError> {
+        let (agent, watch) = match (self.machine.take_agent_link(), state) {
             (Some(stream), Some(state)) => {
                 drop(ready);
                 self.greet(stream, |stream, deadline| {

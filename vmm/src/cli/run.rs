@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use super::CliError;
-use super::launch::{BootFiles, Launch, Source, become_monitor, keep_boot};
+use super::launch::{BootFiles, Launch, Source, become_monitor};
 use super::program::{ProgramArgs, Work, failed, perform};
 use super::ready::{Boot, listen_for_agent};
 use super::vm_args::{CacheArgs, VmArgs};
@@ -51,6 +51,8 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         // Who wants to see the console wants to see the boot.
         cached: !args.cache.cold && args.console.is_none(),
     };
+    // The interpreter stands ready for whoever runs this work.
+    launch.spec.user = Some(work.user().to_owned());
     let signals = become_monitor()?;
 
     let sandbox =
@@ -74,14 +76,8 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         timings: &timings,
     };
     let result = boot
-        .agent(ready, &launch.source)
-        .and_then(|(agent, watch)| {
-            if let Some(cache) = cache {
-                keep_boot(&cache, &machine, &config, &agent);
-                timings.mark("boot kept");
-            }
-            work_in(&boot, (agent, watch), work, writable)
-        });
+        .agent(ready, &launch, &config, cache)
+        .and_then(|agent| work_in(&boot, agent, work, writable));
     timings.mark("program ended");
     let status = result
         .as_ref()

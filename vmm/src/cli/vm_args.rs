@@ -11,6 +11,7 @@ use clap::{Args, ValueEnum};
 use super::CliError;
 use crate::sizes::{duration, memory_mib};
 use crate::user_dirs::data_dir;
+use crate::warm::WarmRuntime;
 
 /// A VM. What is not given here can be in the file of `--config`; [`VmArgs::resolve`] puts the two together.
 #[derive(Debug, Args)]
@@ -40,6 +41,10 @@ pub struct VmArgs {
     #[arg(long, value_name = "FILE[,ro]", value_parser = OsStringValueParser::new().try_map(drive))]
     pub drive: Vec<DriveArg>,
     /// Stop after this time, boot included: seconds, or with ms, s, m, h, d
+    /// Have an interpreter stand ready, with these modules imported: code of its language (--lang) then need not wait for one to start
+    #[arg(long, value_name = "python[:MODULE,...]")]
+    pub warm: Option<WarmRuntime>,
+    /// Stop after this time, boot included: seconds, or with ms, s, m, h
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub timeout: Option<Duration>,
     /// Print how long each phase took

@@ -9,9 +9,10 @@ use snapshot_fmt::manifest::Manifest;
 
 use super::CliError;
 use super::vm_args::{DriveArg, ImageAs, VmArgs};
-use crate::agent::EnvVar;
+use crate::agent::{EnvVar, WarmRequest};
 use crate::config::{DriveConfig, DriveInterface};
 use crate::config_file::VmFile;
+use crate::warm::WarmRuntime;
 
 /// Guest memory where nobody says how much, in MiB.
 const MEMORY_MIB: u64 = 128;
@@ -45,6 +46,8 @@ pub struct VmSpec {
     pub cwd: Option<String>,
     /// Who runs them.
     pub user: Option<String>,
+    /// The interpreter that stands ready for them.
+    pub warm: Option<WarmRuntime>,
 }
 
 impl VmSpec {
@@ -69,7 +72,19 @@ impl VmSpec {
             env: env.collect(),
             cwd: programs.cwd.clone(),
             user: programs.user.clone(),
+            warm: manifest.warm.as_ref().and_then(|warm| warm.try_into().ok()),
         }
+    }
+
+    /// The interpreter that is to stand ready, as the agent is asked for it.
+    pub fn interpreter(&self) -> Option<WarmRequest> {
+        let runtime = self.warm.as_ref()?;
+        Some(WarmRequest {
+            language: runtime.language.into(),
+            modules: runtime.modules.clone(),
+            env: self.env.clone(),
+            user: self.user.clone().unwrap_or_default(),
+        })
     }
 
     /// The guest's disks: the image, if there is one, then the others.
@@ -142,6 +157,7 @@ impl VmArgs {
             env: env.collect(),
             cwd: file.agent.cwd,
             user: file.agent.user,
+            warm: self.warm.clone().or(file.agent.warm),
         }
     }
 }
@@ -175,7 +191,7 @@ mod tests {
         timeout = 60
         labels.team = "ci"
         drives = [{ path = "a" }, { path = "b", read_only = true }]
-        agent = { env = { A = "file", B = "file" }, cwd = "/work" }
+        agent = { env = { A = "file", B = "file" }, cwd = "/work", warm = "python:re" }
     "#;
 
     #[test]
@@ -209,6 +225,7 @@ mod tests {
         assert_eq!(spec.cmdline, "debug");
         assert_eq!(spec.timeout, Some(Duration::from_secs(60)));
         assert_eq!(spec.cwd.as_deref(), Some("/work"));
+        assert_eq!(spec.warm, "python:re".parse().ok());
     }
 
     #[test]
@@ -221,6 +238,7 @@ mod tests {
             "--image-as=block",
             "--cmdline=",
             "--timeout=5s",
+            "--warm=python",
         ];
         let spec = over(&flags, FILE);
         assert_eq!((spec.cpus, spec.memory), (1, 128));
@@ -229,6 +247,7 @@ mod tests {
         assert_eq!(spec.image_interface, DriveInterface::Block);
         assert_eq!(spec.cmdline, "");
         assert_eq!(spec.timeout, Some(Duration::from_secs(5)));
+        assert_eq!(spec.warm, "python".parse().ok());
     }
 
     #[test]

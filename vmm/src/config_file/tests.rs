@@ -243,7 +243,7 @@ fn mistakes_in_json_are_named_with_their_place() {
         ),
         (
             "{\"agent\": {\"shell\": \"x\", \"cwd\": 1}}",
-            "unknown key agent.shell: known here are env, cwd, user",
+            "unknown key agent.shell: known here are env, cwd, user, warm",
         ),
     ] {
         let error = json(text).unwrap_err();

@@ -11,6 +11,7 @@ use serde::de::{Deserialize, Deserializer, Error, MapAccess, Unexpected, Visitor
 
 use crate::config::CPUS_MAX;
 use crate::sizes::{duration, memory_mib};
+use crate::warm::WarmRuntime;
 
 /// A table, and nothing else: derived code would take a sequence as well, its fields by their places.
 pub(super) struct Table<T>(pub T);
@@ -136,6 +137,14 @@ pub(super) fn cpus<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D:
         }
     }
     from.deserialize_any(Cpus).map(Some)
+}
+
+/// An interpreter.
+pub(super) fn warm<'de, D: Deserializer<'de>>(from: D) -> Result<Option<WarmRuntime>, D::Error> {
+    let text = String::deserialize(from)?;
+    let parsed = text.parse();
+    let refused = |reason| D::Error::custom(format_args!("{text:?} will not do: {reason}"));
+    parsed.map(Some).map_err(refused)
 }
 
 /// A path, which must not be empty: joined to a directory it would be that directory.

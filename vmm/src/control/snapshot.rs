@@ -73,6 +73,7 @@ impl Snapshots {
                 cwd: record.cwd.clone(),
                 user: record.user.clone(),
             },
+            warm: record.warm.as_ref().map(Into::into),
             name: request.name,
             lineage: Lineage {
                 origin: self.origin.as_deref(),

@@ -10,6 +10,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::warm::WarmRuntime;
+
 /// Largest record that is read, in bytes.
 const SIZE_MAX: u64 = 1 << 20;
 
@@ -51,6 +53,9 @@ pub struct Record {
     /// Who runs programs; absent for the agent's choice, the unprivileged user.
     #[serde(default)]
     pub user: Option<String>,
+    /// The interpreter that stands ready for code; absent for none.
+    #[serde(default)]
+    pub warm: Option<WarmRuntime>,
 }
 
 /// How a sandbox ended.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use snapshot_fmt::digest::Digest;
 use snapshot_fmt::layer::LayerSummary;
-use snapshot_fmt::manifest::{FORMAT, FileEntry, MEMORY, Manifest, Programs, STATE};
+use snapshot_fmt::manifest::{FORMAT, FileEntry, MEMORY, Manifest, Programs, STATE, Warm};
 use snapshot_fmt::state::machine::MachineState;
 use snapshot_fmt::state_file;
 
@@ -29,6 +29,8 @@ pub struct Order<'a> {
     pub agent: Option<&'a Agent>,
     /// How programs are run in it.
     pub programs: Programs,
+    /// The interpreter that stands ready in it.
+    pub warm: Option<Warm>,
     /// What to call the snapshot.
     pub name: Option<String>,
     /// What memory goes back to.
@@ -75,7 +77,7 @@ pub fn take(order: Order<'_>, store: &Store) -> Result<Taken, SnapshotError> {
         machine,
         programs: order.programs,
         cpu: cpu(),
-        warm: None,
+        warm: order.warm,
         files: written.files,
     };
     Ok(Taken {
