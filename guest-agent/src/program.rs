@@ -6,7 +6,7 @@
 //! that the client was given. A program is over when its process is reaped and both
 //! its output pipes are drained.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use guest_agent::proto::{
@@ -26,7 +26,7 @@ use crate::runners::SourceFile;
 use crate::source::Source;
 use crate::spawn::{Spawned, window};
 use crate::sys::Ended;
-use crate::warm::Start;
+use crate::warm::{Copy, Start, Tidings};
 
 /// The credit in bytes that each standard input starts with: what a pipe holds.
 pub const STDIN_WINDOW: u32 = 64 * 1024;
@@ -129,6 +129,8 @@ pub struct Program {
     _source_file: Option<SourceFile>,
     /// Its way into a copy of an interpreter, until it runs.
     pub start: Option<Box<Start>>,
+    /// The copy that runs it, as long as that has something to say.
+    copy: Option<Copy>,
     /// Whether it was to run in one.
     warm: bool,
 }
@@ -161,6 +163,7 @@ impl Program {
             cgroup,
             _source_file: source_file,
             start: None,
+            copy: None,
             warm: false,
         }
     }
@@ -182,6 +185,26 @@ impl Program {
             if let Some(signal) = start.signal {
                 self.signal(signal);
             }
+            if self.warm {
+                self.copy = Some(start.into_copy());
+            }
+        }
+    }
+
+    /// The copy of an interpreter that may have something to say.
+    pub fn copy(&self) -> Option<BorrowedFd<'_>> {
+        match (&self.start, &self.copy) {
+            (Some(start), _) => Some(start.socket()),
+            (None, copy) => copy.as_ref().map(Copy::socket),
+        }
+    }
+
+    /// Hears whether the copy that runs it says that it is over.
+    pub fn hear(&mut self) {
+        match self.copy.as_ref().map(|copy| copy.hear(self.pid)) {
+            None | Some(Tidings::None) => {}
+            Some(Tidings::Last) => self.copy = None,
+            Some(Tidings::Ended(ended)) => self.reaped(&ended),
         }
     }
 
@@ -439,6 +462,7 @@ impl Program {
 
     fn end(&mut self, exited: Exited) {
         self.exited = Some(exited);
+        self.copy = None;
         self.stdin.pipe = None;
         self.stdout.end();
         self.stderr.end();

@@ -38,8 +38,8 @@ enum Token {
     Listener(usize),
     Client(usize),
     Pipe(usize, u32, Stream),
-    /// A copy of an interpreter, on its way into which a program is.
-    Start(usize, u32),
+    /// A copy of an interpreter, which a program runs in or is on its way into.
+    Copy(usize, u32),
     Warm(Which),
 }
 
@@ -177,9 +177,9 @@ impl Server {
         let input = PollFlags::IN;
         for (index, connection) in self.connections.iter().enumerate() {
             for program in connection.programs() {
-                if let Some(start) = &program.start {
-                    tokens.push(Token::Start(index, program.request_id));
-                    fds.push(PollFd::from_borrowed_fd(start.socket(), input));
+                if let Some(socket) = program.copy() {
+                    tokens.push(Token::Copy(index, program.request_id));
+                    fds.push(PollFd::from_borrowed_fd(socket, input));
                 }
                 for stream in [Stream::Stdin, Stream::Stdout, Stream::Stderr] {
                     let flags = match stream {
@@ -238,9 +238,9 @@ impl Server {
                         connection.move_data(request_id, stream, &mut self.scratch);
                     }
                 }
-                Token::Start(index, request_id) => {
+                Token::Copy(index, request_id) => {
                     if let Some(connection) = self.connections.get_mut(index) {
-                        connection.hear_start(request_id);
+                        connection.hear_copy(request_id);
                     }
                 }
                 Token::Warm(which) => self.warm.hear(which, &mut self.cgroups),

@@ -53,8 +53,8 @@ impl Connection {
         Ok(())
     }
 
-    /// A copy of an interpreter, on its way into which a program is, has something to say.
-    pub fn hear_start(&mut self, request_id: u32) {
+    /// A copy of an interpreter has something to say about the program.
+    pub fn hear_copy(&mut self, request_id: u32) {
         let mut programs = self.programs.iter();
         if let Some(index) = programs.position(|program| program.request_id == request_id) {
             self.hear(index);
@@ -66,7 +66,7 @@ impl Connection {
             return;
         };
         let Some(start) = &mut program.start else {
-            return;
+            return program.hear();
         };
         if let Some(pid) = start.advance(program.cgroup.as_ref()) {
             program.begin(pid);

@@ -17,7 +17,7 @@ use rustix::io::fcntl_dupfd_cloexec;
 use rustix::net::{SendFlags, send};
 use rustix::process::{Pid, Signal, kill_process};
 
-pub use self::standby::Start;
+pub use self::standby::{Copy, Start, Tidings};
 use self::standby::{Standby, packet_sockets, receive};
 use crate::cgroup::{Cgroup, Cgroups};
 use crate::failure::Failure;

@@ -6,7 +6,7 @@
 # The original runs no program. What it keeps of itself is out of sys.modules before the first module is imported.
 import sys
 was_there = set(sys.modules)
-import _ctypes, _socket, _weakref, atexit, gc, os
+import _ctypes, _socket, _weakref, atexit, fcntl, gc, os
 
 gc.disable()
 control = _socket.socket(fileno=os.dup(0))
@@ -16,7 +16,22 @@ for fd in 0, 1, 2:
 os.close(null)
 
 libc = _ctypes.dlopen(None, 0)
-c_prctl, c_fflush = (_ctypes.dlsym(libc, name) for name in ("prctl", "fflush"))
+c_prctl, c_fflush, c_getrusage = (_ctypes.dlsym(libc, name) for name in ("prctl", "fflush", "getrusage"))
+
+# What a copy runs before it is ready, for the sake of the memory that it touches.
+TRIAL = b"""import os, sys
+class Class:
+    def method(self, *args, **kwargs):
+        return [f"{arg!r}" for arg in args]
+def function(n):
+    try:
+        return Class().method(n)[1]
+    except IndexError:
+        return sorted({n: os.getcwd()}.items())
+for n in range(9):
+    print(n, function(n), len(sys.argv), sep=", ", flush=True)
+raise ValueError
+"""
 
 
 def let_others_look(yes):
@@ -100,15 +115,16 @@ def report(error, traceback):
     return 1
 
 
-def finish(status):
+def finish(status, trial):
     """The end of the interpreter, as far as a program can see it: threads, exit functions, and its objects."""
     try:
-        if "threading" in sys.modules:
+        if not trial and "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
     except BaseException as error:
         print(f"Exception ignored in: {sys.modules['threading']!r}", file=sys.stderr)
         show(error)
-    atexit._run_exitfuncs()
+    if not trial:
+        atexit._run_exitfuncs()
     status = flush((sys.stdout, sys.stderr)) or status
     # Threads that are left get no more turns, unless we wait.
     sys.setswitchinterval(100_000)
@@ -132,7 +148,9 @@ def finish(status):
                     module.__dict__[name] = None
     module = None
     gc.collect()
-    return flush((sys.stdout, sys.stderr)) or status
+    status = flush((sys.stdout, sys.stderr)) or status
+    _ctypes.call_function(c_fflush, (None,))
+    return status
 
 
 let_others_look(0)
@@ -151,8 +169,6 @@ for name in filter(None, names.split(",")):
         os._exit(1)
 flush((sys.stdout, sys.stderr))
 warm_modules = set(sys.modules) - {"__main__"}
-# The first use of what every copy uses.
-exec(compile("print(1)", "<string>", "exec"), {})
 gc.collect()
 gc.freeze()
 control.send(b"ready")
@@ -178,78 +194,107 @@ while True:
 
 # From here on it is a copy.
 control.close()
-own = _socket.socket(fileno=fds[0])
+# Its socket is out of the way of what a program opens.
+own = _socket.socket(fileno=fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, 50))
+os.close(fds[0])
 os.setpgid(0, 0)
 gc.enable()
-# What it touches now need not be copied from the original's memory when a program waits for it.
-exec(compile("import os\nfor n in range(3):\n    print(n)\n", "<string>", "exec"), {})
-flush((sys.stdout, sys.stderr))
-for fd in 0, 1, 2:
-    os.dup2(fds[fd + 1], fd)
-    os.close(fds[fd + 1])
-try:
-    own.send(b"ready")
-    path, cwd, counts, rest = own.recv(1 << 18).split(b"\0", 3)
+
+# Twice: first with a trial, for what it touches need not be copied from the original's memory when a program waits.
+started_sys_path = sys.path[:]
+for trial in True, False:
+    if trial:
+        counts = b"1 %d 1" % len(os.environb)
+        fields = b"/main.py", b"", counts, b"", *(b"=".join(variable) for variable in os.environb.items()), TRIAL
+        data = b"\0".join(fields)
+    else:
+        for fd in 0, 1, 2:
+            os.dup2(fds[fd + 1], fd)
+            os.close(fds[fd + 1])
+        try:
+            own.send(b"ready")
+            data = own.recv(1 << 16)
+        except OSError:
+            data = b""
+        if not data:
+            os._exit(1)
+    path, cwd, counts, rest = data.split(b"\0", 3)
     arguments, variables, is_inline = map(int, counts.split())
     *rest, source = rest.split(b"\0", arguments + variables)
-    if cwd:
-        os.chdir(cwd)
-    if not is_inline:
-        with open(path, "rb") as file:
-            source = file.read()
-except (OSError, ValueError):
-    # The agent is gone, or runs the program another way.
-    os._exit(1)
-variables = dict(variable.split(b"=", 1) for variable in rest[arguments:])
-if list(variables.items()) != list(os.environb.items()):
-    os.environb.clear()
-    os.environb.update(variables)
-path = os.fsdecode(path)
-sys.argv = [path, *map(os.fsdecode, rest[:arguments])]
-sys.orig_argv = [sys.orig_argv[0], *sys.argv]
-if variables.get(b"PYTHONPATH") != started_path:
-    entries = path_entries(variables.get(b"PYTHONPATH"))
-    old = [entry for entry in sys.path if entry not in started_entries]
-    sys.path[:] = dict.fromkeys(entries + old)
-if not sys.flags.safe_path:
-    sys.path.insert(0, os.path.dirname(path))
-seed(sys.modules)
-try:
-    code = compile(source, path, "exec", dont_inherit=True)
-except BaseException:
-    # A fresh interpreter says best what is wrong with it.
-    code = None
-let_others_look(1)
-try:
-    own.send(b"go")
-except OSError:
-    os._exit(1)
-own.close()
-if code is None:
-    os.execv(sys.executable, sys.orig_argv)
-main = sys.modules["__main__"] = type(sys)("__main__")
-main.__loader__ = sys.modules["_frozen_importlib_external"].SourceFileLoader("__main__", path)
-main.__annotations__ = {}
-main.__builtins__ = sys.modules["builtins"]
-main.__file__ = path
-main.__cached__ = None
-del main, source, rest, variables
-error = None
-try:
-    exec(code, sys.modules["__main__"].__dict__)
-except BaseException as raised:
-    error = raised
-flush((sys.stderr, sys.stdout))
-status = 0
-interrupted = isinstance(error, KeyboardInterrupt)
-if error is not None:
-    error.__traceback__ = error.__traceback__.tb_next
-    status = report(error, error.__traceback__)
+    try:
+        if cwd:
+            os.chdir(cwd)
+        if not is_inline:
+            with open(path, "rb") as file:
+                source = file.read()
+    except OSError:
+        # A fresh interpreter will say it.
+        os._exit(1)
+    variables = dict(variable.split(b"=", 1) for variable in rest[arguments:])
+    if list(variables.items()) != list(os.environb.items()):
+        os.environb.clear()
+        os.environb.update(variables)
+    path = os.fsdecode(path)
+    sys.argv = [path, *map(os.fsdecode, rest[:arguments])]
+    sys.orig_argv = [sys.orig_argv[0], *sys.argv]
+    sys.path[:] = started_sys_path
+    if variables.get(b"PYTHONPATH") != started_path:
+        entries = path_entries(variables.get(b"PYTHONPATH"))
+        old = [entry for entry in sys.path if entry not in started_entries]
+        sys.path[:] = dict.fromkeys(entries + old)
+    if not sys.flags.safe_path:
+        sys.path.insert(0, os.path.dirname(path))
+    seed(sys.modules)
+    try:
+        code = compile(source, path, "exec", dont_inherit=True)
+    except BaseException:
+        # A fresh interpreter says best what is wrong with it.
+        code = None
+    let_others_look(0 if trial else 1)
+    try:
+        trial or own.send(b"go")
+    except OSError:
+        os._exit(1)
+    if code is None:
+        os.execv(sys.executable, sys.orig_argv)
+    main = sys.modules["__main__"] = type(sys)("__main__")
+    main.__loader__ = sys.modules["_frozen_importlib_external"].SourceFileLoader("__main__", path)
+    main.__annotations__ = {}
+    main.__builtins__ = sys.modules["builtins"]
+    main.__file__ = path
+    main.__cached__ = None
+    del main, source, data, rest, variables
     error = None
-status = finish(status)
-_ctypes.call_function(c_fflush, (None,))
+    try:
+        exec(code, sys.modules["__main__"].__dict__)
+    except BaseException as raised:
+        error = raised
+    flush((sys.stderr, sys.stdout))
+    status = 0
+    interrupted = isinstance(error, KeyboardInterrupt)
+    if error is not None:
+        error.__traceback__ = error.__traceback__.tb_next
+        status = report(error, error.__traceback__)
+        error = None
+    status = finish(status, trial)
+    # Not of one kind with literals, which are shared: these are written to.
+    usage, children = bytes(144), bytes(144)
+    _ctypes.call_function(c_getrusage, (0, usage))
+    _ctypes.call_function(c_getrusage, (-1, children))
+    if trial:
+        del sys.last_type, sys.last_value, sys.last_traceback
+        sys.setswitchinterval(0.005)
+
 if interrupted:
     import _signal
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     os.kill(os.getpid(), _signal.SIGINT)
+# The rest of a process's end is for the kernel, which takes its time to clear the memory. Files and sockets are closed
+# before the word, for they may be waited for.
+os.closerange(3, own.fileno())
+os.closerange(own.fileno() + 1, 1 << 30)
+try:
+    own.send(b"end" + bytes([status]) + usage + children)
+except OSError:
+    pass
 os._exit(status)

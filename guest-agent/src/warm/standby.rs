@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use guest_agent::proto::Exec;
+use guest_agent::proto::exited::Status;
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_passcred;
 use rustix::net::{
@@ -22,6 +23,7 @@ use crate::cgroup::Cgroup;
 use crate::failure::Failure;
 use crate::identity::Identity;
 use crate::spawn::{self, Spawned, Theirs};
+use crate::sys::Ended;
 
 /// How long a copy may take to run its program before that is given up. Making one takes a second where a guest's kernel is emulated.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -65,18 +67,52 @@ enum Word {
     Nothing,
     Ready(Pid),
     Go,
+    End(Ended),
     Gone,
 }
 
 fn word(socket: &OwnedFd) -> Word {
-    let mut room = [0; 16];
+    let mut room = [0; 512];
     match receive(socket, &mut room) {
         None => Word::Nothing,
         Some((count, sender)) => match (room.get(..count), sender) {
             (Some(b"ready"), Some(pid)) => Word::Ready(pid),
             (Some(b"go"), _) => Word::Go,
+            (Some([b'e', b'n', b'd', status, usage @ ..]), Some(pid)) => {
+                Word::End(ended(pid, *status, usage))
+            }
             _ => Word::Gone,
         },
+    }
+}
+
+/// How a process ended that says so itself: its status, and what it used, as two `struct rusage`, its own and its children's.
+fn ended(pid: Pid, status: u8, usage: &[u8]) -> Ended {
+    /// In `struct rusage`: seconds and microseconds in user mode, the same in the kernel, kibibytes.
+    const FIELDS: usize = 5;
+    const RUSAGE: usize = 144;
+    let mut fields = [[0; FIELDS]; 2];
+    for (fields, rusage) in fields.iter_mut().zip(usage.chunks(RUSAGE)) {
+        for (field, bytes) in fields.iter_mut().zip(rusage.chunks_exact(size_of::<u64>())) {
+            *field = bytes.try_into().map_or(0, u64::from_ne_bytes);
+        }
+    }
+    let time =
+        |[seconds, micros]: [u64; 2]| seconds.saturating_mul(1_000_000).saturating_add(micros);
+    let times = |at: fn(&[u64; FIELDS]) -> [u64; 2]| {
+        let times = fields.iter().map(|fields| time(at(fields)));
+        times.fold(0, u64::saturating_add)
+    };
+    Ended {
+        pid,
+        status: Status::Code(status.into()),
+        user_us: times(|&[seconds, micros, ..]| [seconds, micros]),
+        system_us: times(|&[_, _, seconds, micros, _]| [seconds, micros]),
+        peak_bytes: fields
+            .iter()
+            .map(|[.., peak]| peak.saturating_mul(1024))
+            .max()
+            .unwrap_or(0),
     }
 }
 
@@ -134,7 +170,7 @@ impl Standby {
                 self.pid = Some(pid);
                 true
             }
-            Word::Ready(_) | Word::Go | Word::Gone => false,
+            Word::Ready(_) | Word::Go | Word::End(_) | Word::Gone => false,
         }
     }
 
@@ -243,8 +279,15 @@ impl Start {
                 }
                 Word::Go if self.pid.is_some() => return self.pid,
                 // It ends by itself, or when it finds nobody at its socket.
-                Word::Ready(_) | Word::Go | Word::Gone => self.has_failed = true,
+                Word::Ready(_) | Word::Go | Word::End(_) | Word::Gone => self.has_failed = true,
             }
+        }
+    }
+
+    /// What is left once the copy runs the program.
+    pub fn into_copy(self) -> Copy {
+        Copy {
+            socket: self.socket,
         }
     }
 
@@ -254,5 +297,39 @@ impl Start {
     /// As [`spawn::start`].
     pub fn start_fresh(&self, cgroup: Option<&Cgroup>) -> Result<Pid, Failure> {
         spawn::start(&self.exec, self.identity.as_ref(), cgroup, &self.theirs)
+    }
+}
+
+/// A copy that runs a program. It says when that is over, before its process has ended: clearing the memory is
+/// most of a short program's work where a guest's kernel is emulated.
+pub struct Copy {
+    socket: OwnedFd,
+}
+
+/// What a copy that runs says.
+pub enum Tidings {
+    /// Nothing yet.
+    None,
+    /// The program is over.
+    Ended(Ended),
+    /// Nothing any more: the end is that of its process.
+    Last,
+}
+
+impl Copy {
+    /// Readable when it has something to say.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Hears what it says. The program may say it as well: then it has chosen its own end.
+    pub fn hear(&self, pid: Pid) -> Tidings {
+        match word(&self.socket) {
+            Word::Nothing => Tidings::None,
+            Word::End(ended) if ended.pid == pid => Tidings::Ended(ended),
+            // Of a process that the program has forked, for one.
+            Word::Ready(_) | Word::Go | Word::End(_) => Tidings::None,
+            Word::Gone => Tidings::Last,
+        }
     }
 }
