@@ -3,8 +3,10 @@
 //! By mapping: each run of pages is laid over guest memory, privately, straight from its layer's file. The host's kernel brings a page in when
 //! it is touched, all restores of a snapshot share the page cache, and a page that is written becomes the guest's own. Nothing is checked on the way.
 //!
-//! By faults: guest memory stays anonymous, and a thread brings each page when it is touched (userfaultfd), checked. A working set is
-//! brought ahead of the faults by a second thread.
+//! By faults: guest memory stays anonymous, and a thread brings each page when it is touched (userfaultfd), checked. The order in which
+//! pages are wanted is recorded on the way.
+//!
+//! A thread of its own brings such a record, the working set, ahead of the guest; where memory is mapped, into the host's page cache.
 //!
 //! What no layer has is anonymous memory, which is zero already. A chain of any depth comes down to the same merged runs.
 
@@ -29,6 +31,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use snapshot_fmt::chain::Chain;
 use thiserror::Error;
 
+use self::replay::Progress;
 use self::server::{PageError, Server};
 use self::space::Space;
 use crate::exit::ExitLatch;
@@ -110,7 +113,7 @@ pub struct PagerStats {
     pub data_faults: u64,
     /// Faults that brought zeros.
     pub zero_faults: u64,
-    /// Pages of the working set that were brought before anybody asked.
+    /// Pages of the working set that were brought before anybody asked, by faults.
     pub pages_ahead: u64,
     /// Time in which faults were served, from when they were read to when their pages were there.
     pub serving: Duration,
@@ -118,10 +121,25 @@ pub struct PagerStats {
     pub replay: Duration,
 }
 
+impl PagerStats {
+    fn of_replay(replay: &Progress) -> Self {
+        Self {
+            pages_ahead: replay.pages(),
+            replay: replay.time(),
+            ..Self::default()
+        }
+    }
+}
+
 /// What serves a guest's memory for as long as the guest lives.
 pub struct Pager {
     chain: Arc<Chain>,
-    faults: Option<FaultPager>,
+    way: Way,
+}
+
+enum Way {
+    Mapped(MapPager),
+    Faults(FaultPager),
 }
 
 impl Pager {
@@ -137,14 +155,11 @@ impl Pager {
             let saved = chain.total_pages();
             return Err(PagerError::Size { saved, machine });
         }
-        let faults = match mode {
-            Mode::Map => {
-                map::map(&chain, memory)?;
-                None
-            }
-            Mode::Fault => Some(FaultPager::start(&chain, working_set, memory, exit)?),
+        let way = match mode {
+            Mode::Map => Way::Mapped(MapPager::start(&chain, working_set, memory)?),
+            Mode::Fault => Way::Faults(FaultPager::start(&chain, working_set, memory, exit)?),
         };
-        Ok(Self { chain, faults })
+        Ok(Self { chain, way })
     }
 
     /// Says that the machine is made and its guest runs from now on, with somebody watching the latch. To be called before that.
@@ -158,15 +173,18 @@ impl Pager {
         &self.chain
     }
 
-    /// The pages that were wanted until now and had not been brought ahead, in the order in which they were. Empty where memory is mapped.
+    /// The pages that were wanted until now and had not been brought ahead, in the order in which they were. Empty where memory is mapped:
+    /// there it can be used, not made.
     pub fn working_set(&self) -> Vec<u64> {
         self.server().map_or_else(Vec::new, Server::record)
     }
 
-    /// What was done. Where memory is mapped, the host's kernel does it all.
+    /// What was done. Where memory is mapped, the host's kernel serves the faults.
     pub fn stats(&self) -> PagerStats {
-        self.server()
-            .map_or_else(PagerStats::default, Server::stats)
+        match &self.way {
+            Way::Mapped(pager) => PagerStats::of_replay(&pager.replay),
+            Way::Faults(pager) => pager.server.stats(),
+        }
     }
 
     /// Whether a page could not be had: whoever touched it waits until the process ends, and must not be waited for.
@@ -175,7 +193,49 @@ impl Pager {
     }
 
     fn server(&self) -> Option<&Server> {
-        self.faults.as_ref().map(|faults| &*faults.server)
+        match &self.way {
+            Way::Mapped(_) => None,
+            Way::Faults(pager) => Some(&pager.server),
+        }
+    }
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, PagerError> {
+    let thread = Builder::new().name(name.to_owned()).stack_size(STACK_SIZE);
+    thread.spawn(work).map_err(PagerError::Start)
+}
+
+/// Pages that are mapped, and the thread that brings the working set.
+struct MapPager {
+    replay: Arc<Progress>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl MapPager {
+    fn start(
+        chain: &Arc<Chain>,
+        working_set: Vec<u64>,
+        memory: &GuestMemory,
+    ) -> Result<Self, PagerError> {
+        map::map(chain, memory)?;
+        let replay = Arc::new(Progress::default());
+        let thread = if working_set.is_empty() {
+            None
+        } else {
+            let (own, chain) = (Arc::clone(&replay), Arc::clone(chain));
+            let work = move || replay::into_cache(&own, &chain, &working_set);
+            Some(spawn("replay", work)?)
+        };
+        Ok(Self { replay, thread })
+    }
+}
+
+impl Drop for MapPager {
+    fn drop(&mut self) {
+        self.replay.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -215,25 +275,14 @@ impl FaultPager {
             server: Arc::new(server),
             threads: Vec::new(),
         };
-        pager.spawn("pager", Server::run)?;
+        let own = Arc::clone(&pager.server);
+        pager.threads.push(spawn("pager", move || own.run())?);
         if !working_set.is_empty() {
-            pager.spawn("replay", move |server| replay::replay(server, &working_set))?;
+            let own = Arc::clone(&pager.server);
+            let work = move || replay::by_server(&own, &working_set);
+            pager.threads.push(spawn("replay", work)?);
         }
         Ok(pager)
-    }
-
-    fn spawn(
-        &mut self,
-        name: &str,
-        work: impl FnOnce(&Server) + Send + 'static,
-    ) -> Result<(), PagerError> {
-        let server = Arc::clone(&self.server);
-        let thread = Builder::new()
-            .name(name.to_owned())
-            .stack_size(STACK_SIZE)
-            .spawn(move || work(&server));
-        self.threads.push(thread.map_err(PagerError::Start)?);
-        Ok(())
     }
 }
 

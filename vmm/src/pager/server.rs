@@ -22,6 +22,7 @@ use snapshot_fmt::{PAGE_BYTES, PAGE_SIZE, Page};
 use thiserror::Error;
 
 use super::PagerStats;
+use super::replay::Progress;
 use super::space::{Space, area_of};
 use crate::exit::{ExitLatch, ExitReason};
 use crate::sys::userfaultfd::{Faults, Userfaultfd};
@@ -81,13 +82,6 @@ enum Stage {
     Running,
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    pages_ahead: AtomicU64,
-    serving_ns: AtomicU64,
-    replay_ns: AtomicU64,
-}
-
 /// What serves the faults of one guest's memory, and what its threads share.
 pub struct Server {
     chain: Arc<Chain>,
@@ -99,10 +93,11 @@ pub struct Server {
     stop: AtomicBool,
     stage: Mutex<Stage>,
     failed: AtomicBool,
-    /// The other thread brings the working set: it has better use for a processor than looking for faults.
-    replaying: AtomicBool,
+    /// The thread that brings a working set has better use for a processor than looking for faults.
+    replay: Progress,
     tally: Mutex<Tally>,
-    counters: Counters,
+    /// Time in which faults were served.
+    serving_ns: AtomicU64,
 }
 
 impl Server {
@@ -125,9 +120,9 @@ impl Server {
             stop: AtomicBool::new(false),
             stage: Mutex::new(Stage::Building),
             failed: AtomicBool::new(false),
-            replaying: AtomicBool::new(false),
+            replay: Progress::default(),
             tally: Mutex::default(),
-            counters: Counters::default(),
+            serving_ns: AtomicU64::new(0),
         }
     }
 
@@ -151,6 +146,7 @@ impl Server {
     /// Has the threads end.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
+        self.replay.stop();
         // It fails only where the counter is full, and then the thread wakes as well.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
@@ -172,16 +168,18 @@ impl Server {
 
     /// What was done until now.
     pub fn stats(&self) -> PagerStats {
-        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let time = |counter| Duration::from_nanos(count(counter));
         let tally = self.tally();
         PagerStats {
             data_faults: tally.data_faults,
             zero_faults: tally.zero_faults,
-            pages_ahead: count(&self.counters.pages_ahead),
-            serving: time(&self.counters.serving_ns),
-            replay: time(&self.counters.replay_ns),
+            serving: Duration::from_nanos(self.serving_ns.load(Ordering::Relaxed)),
+            ..PagerStats::of_replay(&self.replay)
         }
+    }
+
+    /// How far the working set is brought.
+    pub fn replay(&self) -> &Progress {
+        &self.replay
     }
 
     /// The layers.
@@ -210,7 +208,8 @@ impl Server {
                     self.lose(page, error, &mut lost);
                 }
             }
-            add_time(&self.counters.serving_ns, start.elapsed());
+            let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            self.serving_ns.fetch_add(ns, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -240,7 +239,7 @@ impl Server {
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(errno) => return Err(errno),
             }
-            let spin = *streak && !self.replaying.load(Ordering::Relaxed);
+            let spin = *streak && !self.replay.is_running();
             if spin && start.elapsed() < SPIN {
                 std::hint::spin_loop();
                 continue;
@@ -346,19 +345,6 @@ impl Server {
         }
         Ok(placed)
     }
-
-    /// Says whether the working set is being brought.
-    pub fn set_replaying(&self, replaying: bool) {
-        self.replaying.store(replaying, Ordering::Relaxed);
-    }
-
-    /// Counts pages that were brought before anybody asked, and the time that took.
-    pub fn count_ahead(&self, pages: u64, time: Duration) {
-        self.counters
-            .pages_ahead
-            .fetch_add(pages, Ordering::Relaxed);
-        add_time(&self.counters.replay_ns, time);
-    }
 }
 
 /// Says that the thread has ended where nobody wanted it to.
@@ -371,11 +357,6 @@ impl Drop for Guard<'_> {
                 .fail("the thread that brings the guest's pages has ended".to_owned());
         }
     }
-}
-
-fn add_time(counter: &AtomicU64, time: Duration) {
-    let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-    counter.fetch_add(ns, Ordering::Relaxed);
 }
 
 /// Where a page lies in a buffer of pages, in bytes.

@@ -165,10 +165,26 @@ fn the_working_set_is_what_was_wanted_first_and_saves_most_faults() {
 fn a_pager_stops_while_pages_are_arriving() {
     let contents: Vec<u64> = (1..=4000).collect();
     let chain = chain([&layer(&contents, None)]);
-    for count in [0, 1, 4000] {
-        let restored = restore(&chain, Mode::Fault, (0..count).collect());
-        touch(&restored.memory, 3999);
-        drop(restored);
+    for mode in [Mode::Map, Mode::Fault] {
+        for count in [0, 1, 4000] {
+            let restored = restore(&chain, mode, (0..count).collect());
+            touch(&restored.memory, 3999);
+            drop(restored);
+        }
+    }
+}
+
+#[test]
+fn a_working_set_is_read_where_memory_is_mapped() {
+    let file = layer(&(1..=900).collect::<Vec<_>>(), None);
+    let chain = chain([&file]);
+    let restored = restore(&chain, Mode::Map, (100..300).rev().collect());
+    assert!((0..900).all(|page| read(&restored.memory, page) == content(page + 1)));
+    assert!(restored.pager.working_set().is_empty());
+    let deadline = Instant::now() + LONG;
+    while restored.pager.stats().replay == Duration::ZERO {
+        assert!(Instant::now() < deadline, "nothing is read");
+        std::thread::yield_now();
     }
 }
 
@@ -273,8 +289,10 @@ fn the_end_of_the_thread_ends_the_vm() {
         mode: Mode::Fault,
         working_set: Vec::new(),
     };
-    let mut pager = super::Pager::start(pages, &memory, &exit).unwrap();
-    let faults = pager.faults.as_mut().unwrap();
+    let pager = super::Pager::start(pages, &memory, &exit).unwrap();
+    let super::Way::Faults(faults) = &pager.way else {
+        panic!("another way");
+    };
     let server = Arc::clone(&faults.server);
     // As a panic of the thread would.
     let thread = std::thread::spawn(move || {
