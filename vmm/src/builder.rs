@@ -179,11 +179,12 @@ pub fn build(
             (Origin::Boot, Some(kernel)) => {
                 let cmdline = devices.cmdline(config, kind);
                 let entry = || load(kernel, &memory, &ram, &cmdline, cpus);
-                boot_vcpus(&kvm, &vm, cpus, software, entry).map(|vcpus| (vcpus, None))
+                let vcpus = boot_vcpus(&kvm, &vm, cpus, software, entry);
+                timings.mark("kernel loaded");
+                vcpus.map(|vcpus| (vcpus, None))
             }
             (Origin::Boot, None) => Ok((Vec::new(), None)),
         };
-        timings.mark("kernel loaded");
         slots.join().unwrap_or_else(|_| {
             Err(call_failed("KVM_SET_USER_MEMORY_REGION")(io::Error::other(
                 "the thread died",

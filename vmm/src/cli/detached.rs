@@ -169,6 +169,9 @@ pub fn monitor(mut launch: Launch, show_timings: bool, start: Instant) -> Result
     if let Ending::Signal(_) = ending {
         control.stop(SIGNAL_PATIENCE);
     }
+    if let (Some(saved), Some(pager)) = (launch.source.saved(), machine.pager()) {
+        saved.keep_working_set(pager);
+    }
     let exit = exit_record(&machine, &ending, control.is_stopping());
     let status = exit.status;
     // Before anything can hang: a forced end leaves at least this.

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use snapshot_fmt::chain::Chain;
 use snapshot_fmt::manifest::{MEMORY, Manifest};
+use snapshot_fmt::snapshot::Snapshot;
 use snapshot_fmt::state::machine::MachineState;
 
 use super::{SnapshotError, description};
 use crate::config::{ConsoleConfig, VmConfig, VsockConfig};
-use crate::pager::{Mode, Pages};
+use crate::pager::{Mode, Pager, Pages};
 use crate::store::{Held, Store};
 
 /// A snapshot that was found whole and fit for this host. Nobody can remove it meanwhile.
@@ -33,10 +34,7 @@ impl Saved {
             state: snapshot.state()?,
             chain: Arc::new(store.chain(snapshot, MEMORY)?),
             mode,
-            working_set: match mode {
-                Mode::Map => Vec::new(),
-                Mode::Fault => snapshot.working_set()?.unwrap_or_default(),
-            },
+            working_set: working_set(snapshot),
             held: Arc::new(held),
         })
     }
@@ -52,6 +50,17 @@ impl Saved {
             chain: Arc::clone(&self.chain),
             mode: self.mode,
             working_set: self.working_set.clone(),
+        }
+    }
+
+    /// Writes down what `pager` was first asked for, for the next restores, if nobody has before.
+    pub fn keep_working_set(&self, pager: &Pager) {
+        let pages = pager.working_set();
+        if !self.working_set.is_empty() || pages.is_empty() {
+            return;
+        }
+        if let Err(error) = self.held.write_working_set(&pages) {
+            log::warn!("the working set of the snapshot is not kept: {error}");
         }
     }
 
@@ -73,5 +82,16 @@ impl Saved {
             });
         }
         Ok(config)
+    }
+}
+
+/// The pages that an earlier run wanted first. They are a hint: without them the guest is as right, and slower.
+fn working_set(snapshot: &Snapshot) -> Vec<u64> {
+    match snapshot.working_set() {
+        Ok(pages) => pages.unwrap_or_default(),
+        Err(error) => {
+            log::warn!("the working set cannot be used: {error}");
+            Vec::new()
+        }
     }
 }
