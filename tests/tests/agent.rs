@@ -11,6 +11,8 @@ mod programs;
 mod python;
 #[path = "agent/restored.rs"]
 mod restored;
+#[path = "agent/warm.rs"]
+mod warm;
 
 use std::process::ExitCode;
 
@@ -89,6 +91,23 @@ fn main() -> ExitCode {
             "a_client_in_python_follows_the_contract",
             Guest,
             python::client,
+        ),
+        test(
+            "code_comes_out_of_a_warm_interpreter_as_of_a_cold_one",
+            Guest,
+            warm::outcomes,
+        ),
+        test(
+            "requests_in_a_warm_interpreter_are_apart",
+            Guest,
+            warm::apart,
+        ),
+        test("limits_hold_in_a_warm_interpreter", Guest, warm::limits),
+        test("a_killed_interpreter_comes_back", Guest, warm::killed),
+        test(
+            "a_module_that_cannot_be_imported_is_named",
+            Guest,
+            warm::refused,
         ),
     ]);
     guest::end();

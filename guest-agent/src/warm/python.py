@@ -169,6 +169,11 @@ for name in filter(None, names.split(",")):
         os._exit(1)
 flush((sys.stdout, sys.stderr))
 warm_modules = set(sys.modules) - {"__main__"}
+# What is made once, at its first use, every copy then has.
+try:
+    exec(compile(TRIAL, "/main.py", "exec", dont_inherit=True), {})
+except ValueError:
+    pass
 gc.collect()
 gc.freeze()
 control.send(b"ready")
