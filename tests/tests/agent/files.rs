@@ -389,7 +389,7 @@ impl Write for Pattern {
 }
 
 pub fn large() -> Result<(), Failed> {
-    let mebibytes: u32 = if is_slow() { 4 } else { 100 };
+    let mebibytes: u32 = if is_slow() { 8 } else { 100 };
     let size = u64::from(mebibytes) << 20;
     let agent = connect()?;
     let path = Path::new("/tmp/large");
