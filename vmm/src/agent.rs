@@ -229,14 +229,7 @@ impl Agent {
             return Err(AgentError::Protocol { what });
         };
         hello.software = printable(&hello.software);
-        let agent = VersionRange::from(&hello);
-        if SUPPORTED.common(agent).is_none() {
-            return Err(AgentError::Version {
-                software: hello.software,
-                agent,
-                host: SUPPORTED,
-            });
-        }
+        check_version(&hello)?;
         let ours = Hello {
             min_version: SUPPORTED.min,
             max_version: SUPPORTED.max,
@@ -364,6 +357,19 @@ impl Agent {
             _ => Err(UNEXPECTED),
         }
     }
+}
+
+/// Refuses an agent that speaks no version of the protocol that we do.
+fn check_version(hello: &Hello) -> Result<(), AgentError> {
+    let agent = VersionRange::from(hello);
+    if SUPPORTED.common(agent).is_some() {
+        return Ok(());
+    }
+    Err(AgentError::Version {
+        software: hello.software.clone(),
+        agent,
+        host: SUPPORTED,
+    })
 }
 
 /// A program that was asked for. If this is dropped before the program's end, the program is

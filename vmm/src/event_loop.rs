@@ -4,7 +4,7 @@
 //! comes meanwhile waits in the eventfds and sockets that it watches.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
@@ -13,6 +13,7 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::exit::{ExitLatch, ExitReason};
+use crate::gate::{Gate, Wanted};
 
 /// A device's side that the event loop calls.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
@@ -35,61 +36,9 @@ pub enum EventLoopError {
 )]
 pub struct QuiesceError;
 
-/// What the loop's thread is wanted to do, and what it does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wanted {
-    Run,
-    Pause,
-    Stop,
-}
-
-struct Gate {
-    wanted: Wanted,
-    /// The thread is between two events, and stays there until `wanted` changes.
-    parked: bool,
-    /// The thread has ended: it is at rest for good.
-    ended: bool,
-}
-
-struct Shared {
-    gate: Mutex<Gate>,
-    changed: Condvar,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Gate> {
-        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Called by the thread between two events: waits while a pause is wanted. False where the thread shall end.
-    fn pass(&self) -> bool {
-        let mut gate = self.lock();
-        while gate.wanted == Wanted::Pause {
-            gate.parked = true;
-            self.changed.notify_all();
-            gate = self
-                .changed
-                .wait(gate)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        gate.parked = false;
-        gate.wanted == Wanted::Run
-    }
-
-    fn want(&self, wanted: Wanted) {
-        let mut gate = self.lock();
-        gate.wanted = wanted;
-        if wanted == Wanted::Run {
-            // A thread that still waits finds in `pass` that it may run on; the next pause must not take it for parked.
-            gate.parked = false;
-        }
-        self.changed.notify_all();
-    }
-}
-
 /// The running event loop. It stops when it is dropped.
 pub struct EventLoop {
-    shared: Arc<Shared>,
+    gate: Arc<Gate<()>>,
     wake: EventFd,
     thread: Option<JoinHandle<()>>,
 }
@@ -119,19 +68,12 @@ impl EventLoop {
         for subscriber in subscribers {
             manager.add_subscriber(subscriber);
         }
-        let shared = Arc::new(Shared {
-            gate: Mutex::new(Gate {
-                wanted: Wanted::Run,
-                parked: false,
-                ended: false,
-            }),
-            changed: Condvar::new(),
-        });
-        let own = Arc::clone(&shared);
+        let gate = Arc::new(Gate::default());
+        let own = Arc::clone(&gate);
         let thread = Builder::new()
             .name("event-loop".to_owned())
             .spawn(move || {
-                while own.pass() {
+                while own.pass(&(), || ()) {
                     match manager.run() {
                         Ok(_) => {}
                         Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EINTR => {
@@ -142,11 +84,10 @@ impl EventLoop {
                         }
                     }
                 }
-                own.lock().ended = true;
-                own.changed.notify_all();
+                own.end();
             })?;
         Ok(Self {
-            shared,
+            gate,
             wake,
             thread: Some(thread),
         })
@@ -158,17 +99,11 @@ impl EventLoop {
     /// The processors are to be paused first: what they have asked of the devices until then is either done or waits.
     pub fn pause(&self, deadline: Instant) -> Result<(), QuiesceError> {
         self.want(Wanted::Pause);
-        let mut gate = self.shared.lock();
-        while !gate.parked && !gate.ended {
-            let Some(rest) = deadline.checked_duration_since(Instant::now()) else {
-                drop(gate);
-                self.resume();
-                return Err(QuiesceError);
-            };
-            let waited = self.shared.changed.wait_timeout(gate, rest);
-            gate = waited.unwrap_or_else(PoisonError::into_inner).0;
+        if self.gate.wait_parked(deadline) {
+            return Ok(());
         }
-        Ok(())
+        self.resume();
+        Err(QuiesceError)
     }
 
     /// Lets the loop go on. One that runs is left alone.
@@ -192,7 +127,7 @@ impl EventLoop {
     }
 
     fn want(&self, wanted: Wanted) {
-        self.shared.want(wanted);
+        self.gate.want(wanted, || ());
         if wanted != Wanted::Run {
             // It fails only where the counter is full, and then the loop wakes as well.
             let _ = self.wake.write(1);

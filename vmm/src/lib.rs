@@ -17,6 +17,7 @@ pub mod doctor;
 pub mod drive;
 pub mod event_loop;
 pub mod exit;
+pub mod gate;
 pub mod host;
 pub mod kvm;
 pub mod logger;

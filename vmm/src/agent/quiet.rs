@@ -5,12 +5,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use guest_agent::proto::{Hello, Restored, from_agent, to_agent};
-use guest_agent::version::{SUPPORTED, VersionRange};
 use snapshot_fmt::state::agent::AgentState;
 
 use super::channel::Channel;
 use super::link::{Link, Owner, Request};
-use super::{Agent, AgentError, UNEXPECTED, printable};
+use super::{Agent, AgentError, UNEXPECTED, check_version, printable};
 
 /// While this is held, requests that are made on the connection wait. Those that run go on, and are not disturbed.
 pub struct Quiet {
@@ -78,14 +77,7 @@ impl Agent {
             stdin_window: state.stdin_window,
             output_window: 0,
         };
-        let agent = VersionRange::from(&hello);
-        if SUPPORTED.common(agent).is_none() {
-            return Err(AgentError::Version {
-                software: hello.software,
-                agent,
-                host: SUPPORTED,
-            });
-        }
+        check_version(&hello)?;
         let channel = Channel::new(stream, deadline)?;
         Ok(Self {
             owner: Link::start(channel, state.output_window, state.last_request_id)?,

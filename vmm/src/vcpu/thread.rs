@@ -1,7 +1,7 @@
 //! The thread of a virtual processor.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
@@ -10,6 +10,7 @@ use kvm_ioctls::VcpuFd;
 use super::exits::{Next, run_once};
 use crate::devices::bus::Bus;
 use crate::exit::ExitLatch;
+use crate::gate::{Gate, Wanted};
 use crate::kvm::Kick;
 use crate::memory::GuestMemory;
 use crate::timings::Timings;
@@ -36,62 +37,17 @@ pub struct VcpuContext {
     pub timings: Arc<Timings>,
 }
 
-/// What a processor is wanted to do, and what it does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wanted {
-    Run,
-    Pause,
-    Stop,
-}
-
-/// Something to do with a processor that waits.
-type Task = Box<dyn FnOnce(&VcpuFd) + Send>;
-
-struct Gate {
-    wanted: Wanted,
-    /// The thread is outside KVM_RUN with no access half done, and stays there until `wanted` changes.
-    parked: bool,
-    /// The thread has ended.
-    ended: bool,
-    /// What it is to do while it is parked.
-    task: Option<Task>,
-}
-
+/// What a processor's thread and its owner share. At the gate the thread is outside KVM_RUN with no access half done: KVM finishes the access
+/// that the last exit was for before it looks at `immediate_exit`.
 struct Shared {
-    gate: Mutex<Gate>,
-    changed: Condvar,
+    gate: Gate<VcpuFd>,
     kick: Kick,
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Gate> {
-        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Called by the thread where KVM_RUN was interrupted: waits while a pause is wanted. False where the thread shall end.
-    ///
-    /// KVM finishes the access that the last exit was for before it looks at `immediate_exit`, so the state is whole here.
+    /// Called by the thread where KVM_RUN was interrupted.
     fn pass(&self, vcpu: &VcpuFd) -> bool {
-        let mut gate = self.lock();
-        while gate.wanted == Wanted::Pause {
-            gate.parked = true;
-            if let Some(task) = gate.task.take() {
-                drop(gate);
-                task(vcpu);
-                gate = self.lock();
-                continue;
-            }
-            self.changed.notify_all();
-            gate = self
-                .changed
-                .wait(gate)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        gate.parked = false;
-        if gate.wanted == Wanted::Run {
-            self.kick.clear();
-        }
-        gate.wanted == Wanted::Run
+        self.gate.pass(vcpu, || self.kick.clear())
     }
 }
 
@@ -105,13 +61,7 @@ impl VcpuThread {
     /// Starts the processor.
     pub fn start(mut vcpu: VcpuFd, context: VcpuContext) -> io::Result<Self> {
         let shared = Arc::new(Shared {
-            gate: Mutex::new(Gate {
-                wanted: Wanted::Run,
-                parked: false,
-                ended: false,
-                task: None,
-            }),
-            changed: Condvar::new(),
+            gate: Gate::default(),
             kick: Kick::new(&vcpu)?,
         });
         let own = Arc::clone(&shared);
@@ -133,11 +83,7 @@ impl VcpuThread {
                         }
                     }
                 }
-                let mut gate = own.lock();
-                gate.ended = true;
-                // Whoever waits for its answer learns that there is none.
-                gate.task = None;
-                own.changed.notify_all();
+                own.gate.end();
             })?;
         Ok(Self {
             shared,
@@ -152,25 +98,13 @@ impl VcpuThread {
 
     /// Waits until a pause that was asked for is there. False where it is not by `deadline`.
     pub fn wait_paused(&self, deadline: Instant) -> bool {
-        let mut gate = self.shared.lock();
-        while !gate.parked && !gate.ended {
-            let Some(rest) = deadline.checked_duration_since(Instant::now()) else {
-                return false;
-            };
-            let waited = self.shared.changed.wait_timeout(gate, rest);
-            gate = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
+        self.shared.gate.wait_parked(deadline)
     }
 
     /// Has the thread of a processor that is paused do `task` with it, without waiting for its end. A processor that runs
     /// again, or has ended, drops the task undone.
     pub fn when_paused(&self, task: impl FnOnce(&VcpuFd) + Send + 'static) {
-        let mut gate = self.shared.lock();
-        if gate.parked && !gate.ended {
-            gate.task = Some(Box::new(task));
-        }
-        self.shared.changed.notify_all();
+        self.shared.gate.when_parked(task);
     }
 
     /// Lets the processor run on.
@@ -194,18 +128,13 @@ impl VcpuThread {
     }
 
     fn want(&self, wanted: Wanted) {
-        let mut gate = self.shared.lock();
-        gate.wanted = wanted;
-        if wanted != Wanted::Pause {
-            gate.task = None;
-        }
-        if wanted == Wanted::Run {
-            // A thread that is not parked yet finds in `pass` that it may run on.
-            gate.parked = false;
-        } else if let Some(thread) = &self.thread {
-            self.shared.kick.kick(thread);
-        }
-        self.shared.changed.notify_all();
+        self.shared.gate.want(wanted, || {
+            if wanted != Wanted::Run
+                && let Some(thread) = &self.thread
+            {
+                self.shared.kick.kick(thread);
+            }
+        });
     }
 }
 
