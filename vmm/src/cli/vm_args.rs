@@ -1,6 +1,7 @@
 //! The arguments that describe a VM, shared by the subcommands that make one.
 
 use std::ffi::OsString;
+use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -40,11 +41,10 @@ pub struct VmArgs {
     /// Give the guest another disk: a file or block device, for the guest alone, or shared and read-only with ,ro. /dev/vda and so on, after the image if that is a disk
     #[arg(long, value_name = "FILE[,ro]", value_parser = OsStringValueParser::new().try_map(drive))]
     pub drive: Vec<DriveArg>,
-    /// Stop after this time, boot included: seconds, or with ms, s, m, h, d
     /// Have an interpreter stand ready, with these modules imported: code of its language (--lang) then need not wait for one to start
     #[arg(long, value_name = "python[:MODULE,...]")]
     pub warm: Option<WarmRuntime>,
-    /// Stop after this time, boot included: seconds, or with ms, s, m, h
+    /// Stop after this time, boot included: seconds, or with ms, s, m, h, d
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub timeout: Option<Duration>,
     /// Print how long each phase took
@@ -112,7 +112,8 @@ pub struct CacheArgs {
     pub cold: bool,
 }
 
-/// `given`, or the file `name` in Bough's data directory (`$XDG_DATA_HOME/bough`, by default `~/.local/share/bough`).
+/// `given`, or the file `name` in Bough's data directory (`$XDG_DATA_HOME/bough`, by default `~/.local/share/bough`). That is a link, which
+/// names another file once another was built: it is followed here, once, so that a snapshot says which file its guest has.
 fn installed(
     given: Option<&Path>,
     name: &str,
@@ -135,7 +136,7 @@ fn installed(
     }
     let path = data_dir().map(|dir| dir.join(name));
     match path {
-        Some(path) if path.exists() => Ok(path),
+        Some(path) if path.exists() => Ok(fs::canonicalize(&path).unwrap_or(path)),
         Some(path) => Err(CliError::BadInput(format!(
             "no {what} at {}: make it with {tool}, or name another with {flag}",
             path.display()
