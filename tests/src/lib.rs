@@ -4,10 +4,11 @@
 //! Tests that need KVM, or a guest kernel and image, are reported as ignored by name where there is none.
 
 pub mod elf;
+pub mod sandboxes;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -85,6 +86,22 @@ pub fn vmm_path() -> PathBuf {
     path
 }
 
+/// Where the tests' `vmm` keeps guests that have booted (`XDG_CACHE_HOME`): all test programs share it, so each kind of guest boots
+/// once, and nobody else has it.
+pub fn cache_home() -> PathBuf {
+    let vmm = vmm_path();
+    // target/<profile>/vmm
+    let target = vmm.ancestors().nth(2).unwrap_or(Path::new("."));
+    target.join("tmp").join("cache")
+}
+
+/// The `vmm` that was built beside this test, with the tests' cache.
+pub fn vmm_command() -> Command {
+    let mut command = Command::new(vmm_path());
+    command.env("XDG_CACHE_HOME", cache_home());
+    command
+}
+
 /// A call of `vmm` that is to be run.
 pub struct Vmm {
     command: Command,
@@ -107,7 +124,7 @@ pub struct Output {
 impl Vmm {
     /// `vmm` with these arguments.
     pub fn new<I: IntoIterator<Item: AsRef<std::ffi::OsStr>>>(arguments: I) -> Self {
-        let mut command = Command::new(vmm_path());
+        let mut command = vmm_command();
         command.args(arguments);
         Self {
             command,
@@ -127,16 +144,21 @@ impl Vmm {
         self
     }
 
-    /// Runs it to its end; kills it and fails when that takes too long.
-    pub fn run(mut self) -> Result<Output, Failed> {
-        let start = Instant::now();
+    /// Starts it, with pipes for all that it reads and writes.
+    pub fn spawn(mut self) -> Result<Child, Failed> {
         self.command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        let mut child = self.command.spawn()?;
-        let mut stdin = child.stdin.take().ok_or("no standard input")?;
+        Ok(self.command.spawn()?)
+    }
+
+    /// Runs it to its end; kills it and fails when that takes too long.
+    pub fn run(mut self) -> Result<Output, Failed> {
+        let start = Instant::now();
         let input = std::mem::take(&mut self.stdin);
+        let mut child = self.spawn()?;
+        let mut stdin = child.stdin.take().ok_or("no standard input")?;
         // It may end without having read everything.
         let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
         let pid = child.id();

@@ -3,10 +3,9 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use libtest_mimic::Failed;
 use rustix::fs::OFlags;
@@ -14,7 +13,8 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use serde_json::Value;
 use tests::Needs::{Guest, Nothing};
-use tests::{Output, Vmm, test, vmm_path};
+use tests::sandboxes::{Host, wait_for};
+use tests::{test, vmm_command, vmm_path};
 
 fn main() -> ExitCode {
     tests::main(vec![
@@ -22,104 +22,6 @@ fn main() -> ExitCode {
         test("who_asks_for_what_is_not_there_is_told", Nothing, unknown),
         test("names_are_checked", Nothing, names),
     ])
-}
-
-/// A runtime directory of its own.
-struct Host(tempfile::TempDir);
-
-impl Host {
-    fn new() -> Result<Self, Failed> {
-        Ok(Self(tempfile::tempdir()?))
-    }
-
-    fn vmm(&self, arguments: &[&str]) -> Vmm {
-        Vmm::new(arguments).env("XDG_RUNTIME_DIR", self.0.path())
-    }
-
-    fn run(&self, arguments: &[&str]) -> Result<Output, Failed> {
-        self.vmm(arguments).run()
-    }
-
-    /// Runs it and expects success.
-    fn ok(&self, arguments: &[&str]) -> Result<Output, Failed> {
-        let output = self.run(arguments)?;
-        output.expect_status(0)?;
-        Ok(output)
-    }
-
-    /// Runs it and expects one line that says why not.
-    fn refused(&self, arguments: &[&str], parts: &[&str]) -> Result<(), Failed> {
-        let output = self.run(arguments)?;
-        output
-            .expect_status(2)?
-            .expect_one_line()?
-            .expect_stderr(parts)?;
-        Ok(())
-    }
-
-    /// Fails unless `ls` shows these names and states, in this order.
-    fn expect_ls(&self, expected: &[(&str, &str)]) -> Result<(), Failed> {
-        let listed: Value = serde_json::from_str(&self.ok(&["ls", "--json"])?.stdout)?;
-        let shown: Vec<_> = listed
-            .as_array()
-            .into_iter()
-            .flatten()
-            .map(|one| {
-                let text = |key: &str| one[key].as_str().unwrap_or_default();
-                (text("name"), text("state"))
-            })
-            .collect();
-        if shown == expected {
-            return Ok(());
-        }
-        Err(format!("ls shows {shown:?}, not {expected:?}").into())
-    }
-
-    fn inspect(&self, name: &str) -> Result<Value, Failed> {
-        Ok(serde_json::from_str(&self.ok(&["inspect", name])?.stdout)?)
-    }
-
-    fn dir(&self, name: &str) -> Result<PathBuf, Failed> {
-        let inspected = self.inspect(name)?;
-        Ok(inspected["dir"].as_str().ok_or("no dir")?.into())
-    }
-
-    fn pid(&self, name: &str) -> Result<u64, Failed> {
-        Ok(self.inspect(name)?["pid"].as_u64().ok_or("no pid")?)
-    }
-
-    fn curl(&self, name: &str, method: &str, path: &str) -> Result<(u16, Value), Failed> {
-        let socket = self.dir(name)?.join("api.sock");
-        let output = Command::new("curl")
-            .args(["--silent", "--max-time", "60", "--request", method])
-            .args(["--write-out", "\n%{http_code}", "--unix-socket"])
-            .arg(socket)
-            .arg(format!("http://sandbox{path}"))
-            .output()?;
-        let text = String::from_utf8(output.stdout)?;
-        let (body, status) = text.rsplit_once('\n').ok_or("curl said nothing")?;
-        Ok((status.parse()?, serde_json::from_str(body)?))
-    }
-}
-
-/// Nothing of a failed test lives on.
-impl Drop for Host {
-    fn drop(&mut self) {
-        for entry in fs::read_dir(self.0.path().join("bough"))
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            let record = fs::read(entry.path().join("sandbox.json")).unwrap_or_default();
-            let record: Value = serde_json::from_slice(&record).unwrap_or_default();
-            if let (Some(pid), false) = (
-                record["pid"].as_u64(),
-                entry.path().join("exit.json").exists(),
-            ) {
-                let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
-            }
-        }
-    }
 }
 
 /// A process that has ended and that nobody has waited for counts as gone.
@@ -131,7 +33,7 @@ fn is_alive(pid: u64) -> bool {
 
 fn day() -> Result<(), Failed> {
     let host = Host::new()?;
-    let file = host.0.path().join("two.toml");
+    let file = host.path().join("two.toml");
     fs::write(
         &file,
         "name = \"two\"\ncpus = 2\nmemory = \"160M\"\n[labels]\nrole = \"worker\"\n[agent.env]\nGREETING = \"good day\"\n",
@@ -214,7 +116,7 @@ fn day() -> Result<(), Failed> {
     if let Some(pid) = pids.into_iter().find(|pid| is_alive(*pid)) {
         return Err(format!("process {pid} is still there").into());
     }
-    let left: Vec<_> = fs::read_dir(host.0.path().join("bough"))?
+    let left: Vec<_> = fs::read_dir(host.path().join("bough"))?
         .map(|entry| entry.map(|entry| entry.file_name()))
         .collect::<Result<_, _>>()?;
     if !left.is_empty() {
@@ -223,20 +125,9 @@ fn day() -> Result<(), Failed> {
     Ok(())
 }
 
-fn wait_for(condition: impl Fn() -> Result<bool, Failed>) -> Result<(), Failed> {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !condition()? {
-        if Instant::now() > deadline {
-            return Err("it did not come to that within 60 s".into());
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
-}
-
 /// A tree and a file go in and come back as they were.
 fn copy(host: &Host) -> Result<(), Failed> {
-    let at = |name: &str| host.0.path().join(name).to_string_lossy().into_owned();
+    let at = |name: &str| host.path().join(name).to_string_lossy().into_owned();
     fs::create_dir_all(at("tree/inner/empty"))?;
     fs::write(at("tree/inner/script"), "echo from the tree\n")?;
     fs::set_permissions(at("tree/inner/script"), fs::Permissions::from_mode(0o750))?;
@@ -282,9 +173,9 @@ fn copy(host: &Host) -> Result<(), Failed> {
 
 /// A reader of the console sees a line that the guest prints after the reader came.
 fn follow_logs(host: &Host) -> Result<(), Failed> {
-    let mut reader = Command::new(vmm_path())
+    let mut reader = vmm_command()
         .args(["logs", "--follow", "two"])
-        .env("XDG_RUNTIME_DIR", host.0.path())
+        .env("XDG_RUNTIME_DIR", host.path())
         .stdout(Stdio::piped())
         .spawn()?;
     let lines = BufReader::new(reader.stdout.take().ok_or("no standard output")?).lines();
@@ -422,7 +313,7 @@ fn interactive_shell(host: &Host) -> Result<(), Failed> {
         .args(["--ctty", "--wait"])
         .arg(vmm_path())
         .args(["exec", "-it", "two", "--", "sh"])
-        .env("XDG_RUNTIME_DIR", host.0.path())
+        .env("XDG_RUNTIME_DIR", host.path())
         .stdin(theirs.try_clone()?)
         .stdout(theirs.try_clone()?)
         .stderr(theirs)
@@ -507,7 +398,7 @@ fn unknown() -> Result<(), Failed> {
 fn names() -> Result<(), Failed> {
     let host = Host::new()?;
     // Something that exists for what is looked at first.
-    let file = host.0.path().join("file");
+    let file = host.path().join("file");
     fs::write(&file, "x")?;
     let file = file.to_string_lossy();
     for name in ["a/b", "..", "", &"x".repeat(64)] {

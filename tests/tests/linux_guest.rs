@@ -215,7 +215,7 @@ fn power_off() -> Result<(), Failed> {
 /// Another process speaks to the agent while a program runs.
 fn connect() -> Result<(), Failed> {
     let runtime = tempfile::tempdir()?;
-    let mut child = std::process::Command::new(tests::vmm_path())
+    let mut child = tests::vmm_command()
         .args(["run", "--", "sleep", "1000"])
         .env("XDG_RUNTIME_DIR", runtime.path())
         .spawn()?;
@@ -294,7 +294,7 @@ fn expect_nothing_in(runtime: &std::path::Path) -> Result<(), Failed> {
 
 fn killed() -> Result<(), Failed> {
     let runtime = tempfile::tempdir()?;
-    let mut child = std::process::Command::new(tests::vmm_path())
+    let mut child = tests::vmm_command()
         .args(["run", "--", "true"])
         .env("XDG_RUNTIME_DIR", runtime.path())
         .spawn()?;
@@ -313,6 +313,7 @@ fn closed_output() -> Result<(), Failed> {
     let script = format!("{} run -- yes | head -n 1", vmm.display());
     let output = std::process::Command::new("bash")
         .args(["-c", &format!("set -o pipefail; {script}")])
+        .env("XDG_CACHE_HOME", tests::cache_home())
         .output()?;
     if output.status.code() != Some(141) || output.stdout != b"y\n" {
         return Err(format!("{output:?}").into());

@@ -19,7 +19,7 @@ static GUEST: OnceLock<Result<Guest, String>> = OnceLock::new();
 
 fn boot() -> Result<Guest, Failed> {
     let runtime = tempfile::tempdir()?;
-    let monitor = Command::new(tests::vmm_path())
+    let monitor = tests::vmm_command()
         // The end of its time is for the case that this test is killed.
         .args([
             "run",
