@@ -45,7 +45,8 @@ impl Child {
             become_child(&kept, parent);
             exit(body(&Frozen(())))
         }
-        let pid = Pid::from_raw(pid).ok_or_else(io::Error::last_os_error)?;
+        // -1 is a failure here, and as the number of a process it is all of them.
+        let pid = Pid::from_raw(pid.max(0)).ok_or_else(io::Error::last_os_error)?;
         match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(pidfd) => Ok(Self {
                 pidfd,
