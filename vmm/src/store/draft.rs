@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::rand::{GetRandomFlags, getrandom};
+use snapshot_fmt::digest::Digest;
 use snapshot_fmt::manifest::{MANIFEST, Manifest, WORKING_SET, is_name};
 use snapshot_fmt::snapshot::Snapshot;
 
@@ -40,18 +41,27 @@ impl Store {
             .mode(0o700)
             .create(&path)
             .map_err(io_error("make", &path))?;
-        let mut draft = Draft {
-            store: self.clone(),
-            path,
-            lock: None,
-        };
-        let lock_path = draft.path.join(LOCK);
-        let lock = File::create_new(&lock_path).map_err(io_error("make", &lock_path))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|errno| io_error("lock", &lock_path)(errno.into()))?;
-        draft.lock = Some(lock);
-        Ok(draft)
+        match lock_draft(&path) {
+            Ok(lock) => Ok(Draft {
+                store: self.clone(),
+                path,
+                lock: Some(lock),
+            }),
+            Err(error) => {
+                // The first failure is the one to tell.
+                let _ = fs::remove_dir_all(&path);
+                Err(error)
+            }
+        }
     }
+}
+
+fn lock_draft(draft: &Path) -> Result<File, StoreError> {
+    let path = draft.join(LOCK);
+    let lock = File::create_new(&path).map_err(io_error("make", &path))?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|errno| io_error("lock", &path)(errno.into()))?;
+    Ok(lock)
 }
 
 impl Draft {
@@ -106,19 +116,27 @@ impl Draft {
             unreachable!("a draft has its lock until it is published");
         };
         // No collector looks between: the store is locked.
-        let shared = flock(&lock, FlockOperation::NonBlockingLockShared);
-        let renamed = shared
-            .map_err(Into::into)
-            .and_then(|()| fs::rename(&self.path, &place));
-        if let Err(error) = renamed {
-            self.lock = Some(lock);
-            return Err(io_error("rename", &self.path)(error));
+        match self.rename(&lock, &place, &manifest.id) {
+            Ok(snapshot) => Ok(Held {
+                snapshot,
+                _lock: lock,
+            }),
+            Err(error) => {
+                // What has failed must not be there. Where it cannot be taken back, it is whole all the same.
+                if !place.exists() || fs::rename(&place, &self.path).is_ok() {
+                    self.lock = Some(lock);
+                }
+                Err(error)
+            }
         }
+    }
+
+    fn rename(&self, lock: &File, place: &Path, id: &Digest) -> Result<Snapshot, StoreError> {
+        flock(lock, FlockOperation::NonBlockingLockShared)
+            .map_err(|errno| io_error("lock", &self.path)(errno.into()))?;
+        fs::rename(&self.path, place).map_err(io_error("rename", &self.path))?;
         sync(self.store.dir())?;
-        Ok(Held {
-            snapshot: self.store.open(&manifest.id)?,
-            _lock: lock,
-        })
+        self.store.open(id)
     }
 }
 
