@@ -87,10 +87,18 @@ impl Snapshots {
             times,
         } = take(order, &store)?;
         let manifest = held.snapshot().manifest().clone();
-        *parent = Some(Parent {
-            chain: Arc::new(store.chain(held.snapshot(), MEMORY)?),
-            held: Arc::new(held),
-        });
+        match store.chain(held.snapshot(), MEMORY) {
+            Ok(chain) => {
+                *parent = Some(Parent {
+                    chain: Arc::new(chain),
+                    held: Arc::new(held),
+                });
+            }
+            // It is taken all the same.
+            Err(error) => {
+                log::warn!("the next snapshot will not be a difference to this one: {error}");
+            }
+        }
         let micros =
             |time: std::time::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Ok(SnapshotView {
