@@ -80,8 +80,13 @@ const PATIENCE: Duration = Duration::from_secs(170);
 /// A connection of one's own.
 pub fn connect() -> Result<Agent, Failed> {
     let agent = Agent::connect(socket()?, AGENT_PORT, None)?;
-    agent.set_deadline(Some(Instant::now() + PATIENCE));
+    renew_patience(&agent);
     Ok(agent)
+}
+
+/// For a case of many steps.
+pub fn renew_patience(agent: &Agent) {
+    agent.set_deadline(Some(Instant::now() + PATIENCE));
 }
 
 /// A line of shell.
