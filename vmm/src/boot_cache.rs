@@ -3,6 +3,7 @@
 //! The key is made of everything that decides a boot: the machine's description, kernel and disks by their size and the time of their last change,
 //! the monitor's own file, the processor. What has another key is never found; the store is bounded, and its content can be removed at any time.
 
+use std::error::Error;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -15,6 +16,7 @@ use snapshot_fmt::manifest::{self, CpuFingerprint, Programs};
 
 use crate::agent::{Agent, WarmRequest};
 use crate::config::VmConfig;
+use crate::logger::complain;
 use crate::machine::Machine;
 use crate::pager::Mode;
 use crate::snapshot::SnapshotError;
@@ -22,8 +24,8 @@ use crate::snapshot::description::{cpu, describe};
 use crate::snapshot::memory_layer::Lineage;
 use crate::snapshot::restore::Saved;
 use crate::snapshot::save::{Order, take};
-use crate::store::Store;
 use crate::store::remove::GcLimits;
+use crate::store::{Store, StoreError};
 use crate::user_dirs::cache_dir;
 use crate::warm::WarmRuntime;
 
@@ -92,17 +94,18 @@ impl BootCache {
     pub fn find(&self) -> Option<Saved> {
         match Saved::open(&self.store, &self.key, Mode::Map) {
             Ok(saved) => Some(saved),
-            Err(SnapshotError::Store(_)) => None,
+            // There is none, or it was removed just now.
+            Err(SnapshotError::Store(StoreError::Unknown { .. } | StoreError::Gone { .. })) => None,
             Err(error) => {
-                log::warn!("a cached boot cannot be used: {error}");
-                self.forget();
+                self.forget_unusable(&error);
                 None
             }
         }
     }
 
-    /// Removes the guest, so that the next is booted.
-    pub fn forget(&self) {
+    /// Removes the guest, which cannot be used for this reason, so that the next is booted.
+    pub fn forget_unusable(&self, why: &dyn Error) {
+        complain(format_args!("warning: a cached boot cannot be used: {why}"));
         if let Ok(id) = self.store.resolve(&self.key) {
             // Somebody else may use it, or have removed it.
             let _ = self.store.remove(&id, false);

@@ -15,7 +15,6 @@ use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
 use crate::control::snapshot::Parent;
 use crate::host;
 use crate::kvm::install_kick_handler;
-use crate::logger::complain;
 use crate::machine::Machine;
 use crate::sandbox::{SandboxDir, SandboxPaths};
 use crate::snapshot::restore::Saved;
@@ -126,12 +125,7 @@ impl Launch {
                     self.source = cached;
                     return Ok((machine, None));
                 }
-                Err(error) => {
-                    complain(format_args!(
-                        "warning: a cached boot cannot be used: {error}"
-                    ));
-                    cache.forget();
-                }
+                Err(error) => cache.forget_unusable(&error),
             }
         }
         Ok((build(config, &self.source, timings)?, cache))
