@@ -108,8 +108,13 @@ fn post(sandbox: &Sandbox, path: &str) -> Result<(), CliError> {
     answer.map(drop).map_err(|error| failed(sandbox, &error))
 }
 
+/// What a sandbox refuses because of what was asked is bad input; all else is a failure of its monitor.
 pub fn failed(sandbox: &Sandbox, error: &ClientError) -> CliError {
-    CliError::Monitor(format!("{}: {error}", sandbox.record.name))
+    let message = format!("{}: {error}", sandbox.record.name);
+    match error {
+        ClientError::Refused(body) if body.code.status() < 500 => CliError::BadInput(message),
+        _ => CliError::Monitor(message),
+    }
 }
 
 /// Carries out `vmm pause`.
