@@ -1,0 +1,69 @@
+//! Snapshots of a real guest: what was is there again, and goes on as if nothing had been.
+//!
+//! A guest boots once, and the cache of boots gives it to every test; each has a store of its own.
+
+#[path = "snapshot/chains.rs"]
+mod chains;
+#[path = "snapshot/copies.rs"]
+mod copies;
+#[path = "snapshot/going_on.rs"]
+mod going_on;
+#[path = "snapshot/guest.rs"]
+mod guest;
+#[path = "snapshot/kept_boots.rs"]
+mod kept_boots;
+#[path = "snapshot/refusals.rs"]
+mod refusals;
+
+use std::process::ExitCode;
+
+use tests::Needs::Guest;
+use tests::test;
+
+fn main() -> ExitCode {
+    tests::main(vec![
+        test(
+            "files_and_programs_go_on_in_each_copy",
+            Guest,
+            going_on::copies,
+        ),
+        test(
+            "a_snapshot_is_the_memory_of_one_moment",
+            Guest,
+            going_on::one_moment,
+        ),
+        test(
+            "a_program_is_not_disturbed_by_a_snapshot",
+            Guest,
+            going_on::undisturbed,
+        ),
+        test("snapshots_rest_on_snapshots", Guest, chains::depth),
+        test(
+            "a_guest_whose_pages_are_missing_is_saved",
+            Guest,
+            chains::missing_pages,
+        ),
+        test(
+            "no_copy_has_the_random_numbers_of_another",
+            Guest,
+            copies::identity,
+        ),
+        test("many_copies_work_at_once", Guest, copies::many),
+        test("the_second_run_need_not_boot", Guest, kept_boots::runs),
+        test(
+            "what_is_not_as_it_was_is_refused",
+            Guest,
+            refusals::not_as_it_was,
+        ),
+        test(
+            "a_disk_that_may_be_written_to_is_refused",
+            Guest,
+            refusals::writable_drive,
+        ),
+        test(
+            "a_corrupt_page_ends_the_sandbox",
+            Guest,
+            refusals::corrupt_page,
+        ),
+    ])
+}
