@@ -5,6 +5,7 @@
 
 pub mod elf;
 pub mod sandboxes;
+pub mod strace;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,8 @@ pub enum Needs {
     SoftwareKvm,
     /// `/dev/kvm`, the guest kernel and the guest image.
     Guest,
+    /// All of `Guest`, and strace, which injects faults.
+    TracedGuest,
     /// Root, with mount namespaces.
     Root,
 }
@@ -43,13 +46,18 @@ impl Needs {
                 let status = Command::new("unshare").args(["--mount", "true"]).status();
                 status.is_ok_and(|status| status.success())
             }
+            Self::TracedGuest => Self::Guest.are_met() && strace::works(),
             Self::Guest => kvm() && installed("vmlinux").exists() && installed("image").exists(),
         }
     }
 }
 
 /// A test that `needs` something of its host.
-pub fn test(name: &str, needs: Needs, run: fn() -> Result<(), Failed>) -> Trial {
+pub fn test(
+    name: &str,
+    needs: Needs,
+    run: impl FnOnce() -> Result<(), Failed> + Send + 'static,
+) -> Trial {
     Trial::test(name, run).with_ignored_flag(!needs.are_met())
 }
 

@@ -133,6 +133,17 @@ impl Drop for Host {
     }
 }
 
+/// A process that has ended and that nobody has waited for counts as gone.
+pub fn is_alive(pid: u64) -> bool {
+    process_state(pid).is_some_and(|state| state != 'Z')
+}
+
+/// The letter of a process's state (proc(5)); none where there is no such process.
+pub fn process_state(pid: u64) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
 /// Waits until it is so; fails when that takes too long.
 pub fn wait_for(condition: impl Fn() -> Result<bool, Failed>) -> Result<(), Failed> {
     let deadline = Instant::now() + Duration::from_secs(60);

@@ -13,7 +13,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use serde_json::Value;
 use tests::Needs::{Guest, Nothing};
-use tests::sandboxes::{Host, wait_for};
+use tests::sandboxes::{Host, is_alive, wait_for};
 use tests::{test, vmm_command, vmm_path};
 
 fn main() -> ExitCode {
@@ -22,13 +22,6 @@ fn main() -> ExitCode {
         test("who_asks_for_what_is_not_there_is_told", Nothing, unknown),
         test("names_are_checked", Nothing, names),
     ])
-}
-
-/// A process that has ended and that nobody has waited for counts as gone.
-fn is_alive(pid: u64) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat.rsplit_once(") ").map(|(_, rest)| &rest[..1]);
-    state.is_some_and(|state| state != "Z")
 }
 
 fn day() -> Result<(), Failed> {
