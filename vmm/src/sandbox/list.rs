@@ -73,9 +73,11 @@ pub(super) fn all_in(parent: &Path) -> Result<Vec<Sandbox>, FindError> {
         .flatten()
         .filter_map(|entry| look_at(&entry.path()))
         .collect();
-    found.sort_by(|a, b| {
-        let key = |s: &Sandbox| (s.record.created, s.record.id.clone());
-        key(a).cmp(&key(b))
+    // Several can be made in a second; their records are written once.
+    found.sort_by_cached_key(|sandbox| {
+        let record = fs::metadata(sandbox.paths.dir().join(RECORD));
+        let written = record.and_then(|record| record.modified()).ok();
+        (sandbox.record.created, written, sandbox.record.id.clone())
     });
     Ok(found)
 }

@@ -30,7 +30,7 @@ use rustix::fs::{FlockOperation, flock};
 use snapshot_fmt::chain::{Chain, ChainError, DEPTH_MAX};
 use snapshot_fmt::digest::Digest;
 use snapshot_fmt::error::FormatError;
-use snapshot_fmt::manifest::WORKING_SET;
+use snapshot_fmt::manifest::{MANIFEST, WORKING_SET};
 use snapshot_fmt::snapshot::Snapshot;
 use snapshot_fmt::working_set;
 
@@ -136,12 +136,13 @@ impl Store {
                 snapshot => found.push(Entry { id, snapshot }),
             }
         }
-        found.sort_by_key(|entry| {
+        // Several can be taken in a second; their manifests are written once.
+        found.sort_by_cached_key(|entry| {
             let snapshot = entry.snapshot.as_ref().ok();
-            (
-                snapshot.map(|snapshot| snapshot.manifest().created),
-                entry.id,
-            )
+            let manifest = fs::metadata(self.path(&entry.id).join(MANIFEST));
+            let written = manifest.and_then(|manifest| manifest.modified()).ok();
+            let created = snapshot.map(|snapshot| snapshot.manifest().created);
+            (created, written, entry.id)
         });
         Ok(found)
     }

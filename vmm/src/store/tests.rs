@@ -110,6 +110,21 @@ fn content(store: &Store, snapshot: &Snapshot) -> Vec<u8> {
 }
 
 #[test]
+fn of_one_second_and_name_the_last_counts() {
+    let (_dir, store) = store();
+    let made: Vec<Digest> = (1..=8)
+        .map(|fill| {
+            let id = add(&store, "same", 1, None, &[1], fill).snapshot().id();
+            // The clock of file times may be that of the kernel's ticks.
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            id
+        })
+        .collect();
+    assert_eq!(ids(&store), made);
+    assert_eq!(store.find("same").unwrap().id(), made[7]);
+}
+
+#[test]
 fn a_snapshot_is_found_by_id_prefix_and_name() {
     let (_dir, store) = store();
     assert_eq!(ids(&store), []);
