@@ -113,10 +113,7 @@ pub fn missing_pages() -> Result<(), Failed> {
         host.ok(&["restore", name, name, "--pages", "fault"])?;
         expect_contents(&host, name, 1)?;
         host.ok(&["exec", name, "--", "echo", "well"])?
-            .expect_stdout(
-                "well
-",
-            )?;
+            .expect_stdout("well\n")?;
         remove(&host, &[name])?;
     }
     // Stopped while its pages are missing.
