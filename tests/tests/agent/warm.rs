@@ -1,14 +1,14 @@
 //! Interpreters that stand ready, where users, limits and control groups are real. That programs come out as in a
 //! fresh interpreter is shown for many more in the agent's own tests, which need no guest.
 
-use std::time::Duration;
+use std::time::Instant;
 
 use libtest_mimic::Failed;
 use vmm::agent::{
     Agent, Ended, ExitStatus, Language, Limits, RunCodeRequest, Stdin, Stdio, WarmRequest,
 };
 
-use crate::guest::{ask, connect, expect, renew_patience, wait_until};
+use crate::guest::{ask, connect, expect, is_slow, renew_patience, wait_until};
 
 /// Output, errors, and how it ended.
 type Outcome = (String, String, Ended);
@@ -154,16 +154,24 @@ pub fn limits() -> Result<(), Failed> {
         processes: 2,
         ..Limits::default()
     };
-    let forks = "import os, time\nfor n in range(4):\n    if os.fork() == 0:\n        time.sleep(100)\n    print(n, flush=True)";
+    // Its children end with it.
+    let forks = r"import os
+ours, theirs = os.pipe()
+for n in range(4):
+    if os.fork() == 0:
+        os.close(theirs)
+        os._exit(len(os.read(ours, 1)))
+    print(n, flush=True)";
     let (output, errors, ended) = run(&agent, limited(forks, processes), b"")?;
     expect(
         output == "0\n" && errors.contains("BlockingIOError"),
         &(output, errors),
     )?;
     expect(ended.warm, ended)?;
-    // The time is that of the request alone, and over for all of its processes.
+    // Time is over for all of its processes.
     let tree = RunCodeRequest {
-        timeout_ms: 4_000,
+        // Making a copy comes first.
+        timeout_ms: if is_slow() { 40_000 } else { 4_000 },
         ..code(
             "import os, subprocess\nsubprocess.Popen(['sleep', '4321'], start_new_session=True)\nwhile True: pass",
         )
@@ -172,15 +180,12 @@ pub fn limits() -> Result<(), Failed> {
     expect(ended.timed_out && ended.warm, ended)?;
     let (_, _, short) = run(&agent, code(""), b"")?;
     expect(
-        short.warm && short.user_time < Duration::from_secs(2),
-        short,
-    )?;
-    expect(
-        short.peak_memory > 1 << 20 && short.peak_memory < 100 << 20,
+        short.warm && short.peak_memory > 1 << 20 && short.peak_memory < 100 << 20,
         short,
     )?;
     let count = "pgrep -fx 'sleep 4321' | wc -l";
-    wait_until(std::time::Instant::now(), || {
+    wait_until(Instant::now(), || {
+        renew_patience(&agent);
         Ok(ask(&agent, count)? == "0\n")
     })?;
     Ok(())
@@ -205,14 +210,13 @@ pub fn killed() -> Result<(), Failed> {
     expect(output == "now\nalone\n" && ended.warm, &output)?;
     let (output, ..) = run(&agent, code("print('cold or warm')"), b"")?;
     expect(output == "cold or warm\n", &output)?;
-    wait_until(std::time::Instant::now(), || {
-        Ok(run(&agent, code(""), b"")?.2.warm)
-    })?;
+    wait_until(Instant::now(), || Ok(run(&agent, code(""), b"")?.2.warm))?;
     let nothing_left =
         "ls -d /sys/fs/cgroup/exec-* /sys/fs/cgroup/limited/exec-* 2>/dev/null | wc -l";
-    // The interpreter's, its next copy's, the sleep of this guest, and the one that asks.
-    wait_until(std::time::Instant::now(), || {
-        Ok(ask(&agent, nothing_left)?.trim().parse::<u32>()? <= 4)
+    // Two interpreters', their next copies', the sleep of this guest, and the one that asks.
+    wait_until(Instant::now(), || {
+        renew_patience(&agent);
+        Ok(ask(&agent, nothing_left)?.trim().parse::<u32>()? <= 6)
     })?;
     Ok(())
 }
