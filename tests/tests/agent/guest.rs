@@ -26,7 +26,7 @@ fn boot() -> Result<Guest, Failed> {
             "--memory",
             "512",
             "--timeout",
-            "900",
+            "2400",
             "--",
             "sleep",
             "100000",
