@@ -32,14 +32,14 @@ impl Host {
 
     /// Where kernel, image and snapshots are.
     pub fn data(&self) -> PathBuf {
-        self.path().join("data/bough")
+        self.path().join("share/bough")
     }
 
     /// A call of `vmm` on it.
     pub fn vmm(&self, arguments: &[&str]) -> Vmm {
         Vmm::new(arguments)
             .env("XDG_RUNTIME_DIR", self.path())
-            .env("XDG_DATA_HOME", self.path().join("data"))
+            .env("XDG_DATA_HOME", self.path().join("share"))
     }
 
     /// Runs `vmm` to its end.
