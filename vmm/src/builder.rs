@@ -136,6 +136,12 @@ pub enum Origin<'a> {
     },
 }
 
+/// An [`Origin`] whose files are open.
+enum Start<'a> {
+    Kernel(Kernel),
+    Saved(&'a MachineState, Pages),
+}
+
 /// Builds the machine that `config` describes and starts it.
 pub fn build(
     config: &VmConfig,
@@ -147,9 +153,9 @@ pub fn build(
     let kind = KvmKind::detect();
     let ram = layout::ram_ranges(config.memory_mib << 20);
     let ram_end = ram.first().map_or(0, |(start, len)| start + len);
-    let (kernel, saved) = match &origin {
-        Origin::Boot => (Some(Kernel::open(&config.kernel, ram_end)?), None),
-        Origin::Saved { state, .. } => (None, Some(*state)),
+    let (start, saved) = match origin {
+        Origin::Boot => (Start::Kernel(Kernel::open(&config.kernel, ram_end)?), None),
+        Origin::Saved { state, pages } => (Start::Saved(state, pages), Some(state)),
     };
     let memory = Arc::new(memory::create(&ram)?);
     let (mut devices, live) =
@@ -167,8 +173,8 @@ pub fn build(
             let first = u32::try_from(ram.len()).unwrap_or(u32::MAX);
             kvm::register_files(&vm, first, &devices.files)
         });
-        let made = match (origin, kernel) {
-            (Origin::Saved { state, pages }, _) => {
+        let made = match start {
+            Start::Saved(state, pages) => {
                 let pager = Pager::start(pages, &memory, &devices.exit)?;
                 timings.mark("pages mapped");
                 platform::restore(&vm, &state.platform)?;
@@ -176,14 +182,13 @@ pub fn build(
                 timings.mark("processors restored");
                 Ok((vcpus, Some(pager)))
             }
-            (Origin::Boot, Some(kernel)) => {
+            Start::Kernel(kernel) => {
                 let cmdline = devices.cmdline(config, kind);
                 let entry = || load(kernel, &memory, &ram, &cmdline, cpus);
                 let vcpus = boot_vcpus(&kvm, &vm, cpus, software, entry);
                 timings.mark("kernel loaded");
                 vcpus.map(|vcpus| (vcpus, None))
             }
-            (Origin::Boot, None) => Ok((Vec::new(), None)),
         };
         slots.join().unwrap_or_else(|_| {
             Err(call_failed("KVM_SET_USER_MEMORY_REGION")(io::Error::other(
