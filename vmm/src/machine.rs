@@ -220,7 +220,7 @@ impl Machine {
     /// Stops everything, and has `during` see the state of this moment, in which memory stands still as well; then goes on,
     /// unless the machine was paused before. Nobody else pauses or resumes it meanwhile.
     pub fn freeze<T>(&self, during: impl FnOnce(MachineState) -> T) -> Result<T, SaveError> {
-        let context = SaveContext::new(&kvm::open()?, self.cpus(), self.software)?;
+        let context = Arc::new(SaveContext::new(&kvm::open()?, self.cpus(), self.software)?);
         let mut state = self.lock();
         let before = *state;
         let result = self.frozen(&mut state, &context, during);
@@ -234,7 +234,7 @@ impl Machine {
     fn frozen<T>(
         &self,
         state: &mut RunState,
-        context: &SaveContext,
+        context: &Arc<SaveContext>,
         during: impl FnOnce(MachineState) -> T,
     ) -> Result<T, SaveError> {
         self.stop(state)?;
@@ -252,12 +252,12 @@ impl Machine {
         u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX)
     }
 
-    fn save_vcpus(&self, context: &SaveContext) -> Result<Vec<VcpuState>, SaveError> {
+    fn save_vcpus(&self, context: &Arc<SaveContext>) -> Result<Vec<VcpuState>, SaveError> {
         let answers: Vec<_> = (0..)
             .zip(&self.vcpus)
             .map(|(id, vcpu)| {
                 let (sender, answer) = sync_channel(1);
-                let context = context.clone();
+                let context = Arc::clone(context);
                 vcpu.when_paused(move |vcpu| {
                     // Nobody waits any more only where saving has failed elsewhere.
                     let _ = sender.send(state::save(vcpu, id, &context));

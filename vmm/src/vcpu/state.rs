@@ -53,7 +53,7 @@ pub enum VcpuStateError {
 }
 
 /// What is the same for every processor of a machine, asked once.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct SaveContext {
     /// What the processors say of themselves. KVM would give what it made of that, which differs with what the guest does.
     cpuid: Vec<Vec<CpuidEntry>>,
