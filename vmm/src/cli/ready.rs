@@ -3,14 +3,13 @@
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use guest_agent::proto::Restored;
 use rustix::rand::{GetRandomFlags, getrandom};
 use snapshot_fmt::state::agent::AgentState;
 
 use super::CliError;
 use super::launch::Launch;
 use super::vm_spec::VmSpec;
-use crate::agent::{AGENT_PORT, Agent, AgentError};
+use crate::agent::{AGENT_PORT, Agent, AgentError, RestoredRequest};
 use crate::boot_cache::BootCache;
 use crate::config::VmConfig;
 use crate::logger::complain;
@@ -200,7 +199,7 @@ impl Boot<'_> {
 }
 
 /// What a restored guest must not have in common with others of its snapshot: random numbers and the time.
-fn own_identity() -> Result<Restored, CliError> {
+fn own_identity() -> Result<RestoredRequest, CliError> {
     let mut entropy = vec![0; ENTROPY];
     getrandom(&mut entropy[..], GetRandomFlags::empty()).map_err(|errno| {
         CliError::Monitor(format!("no random bytes: {}", std::io::Error::from(errno)))
@@ -208,9 +207,9 @@ fn own_identity() -> Result<Restored, CliError> {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    Ok(Restored {
+    Ok(RestoredRequest {
         entropy,
         realtime_ns: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX),
-        ..Restored::default()
+        ..RestoredRequest::default()
     })
 }
