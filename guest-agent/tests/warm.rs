@@ -271,8 +271,9 @@ fn an_interpreter_that_is_killed_comes_back() {
     let kill = r"import os, signal
 for p in filter(str.isdigit, os.listdir('/proc')):
     try:
-        text, stat = open(f'/proc/{p}/cmdline').read(), open(f'/proc/{p}/stat').read()
-        if 'posix.read' in text and int(p) != os.getpid() and stat.split()[3] == str(os.getppid()):
+        # Bytes: another test's process may have an argument that is no text.
+        text, stat = open(f'/proc/{p}/cmdline', 'rb').read(), open(f'/proc/{p}/stat', 'rb').read()
+        if b'posix.read' in text and int(p) != os.getpid() and int(stat.split()[3]) == os.getppid():
             os.kill(int(p), signal.SIGKILL)
     except OSError:
         pass
