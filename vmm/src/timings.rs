@@ -4,6 +4,13 @@ use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+/// The host's monotonic clock in nanoseconds, which all its processes have in common.
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let (seconds, nanos) = (u64::try_from(now.tv_sec), u64::try_from(now.tv_nsec));
+    seconds.unwrap_or(0).saturating_mul(1_000_000_000) + nanos.unwrap_or(0)
+}
+
 /// The points that were passed, in order.
 pub struct Timings {
     start: Instant,
@@ -26,6 +33,13 @@ impl Timings {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push((name, at));
+    }
+
+    /// When `name` was done, in microseconds from a moment of [`monotonic_ns`].
+    pub fn since_us(&self, name: &str, moment: u64) -> Option<u64> {
+        let ago = self.start.elapsed().saturating_sub(self.get(name)?);
+        let then = monotonic_ns().saturating_sub(u64::try_from(ago.as_nanos()).ok()?);
+        Some(then.saturating_sub(moment) / 1000)
     }
 
     /// When `name` was done, counted from the start.

@@ -14,7 +14,6 @@ use clap::Args;
 
 use super::launch::{Launch, become_monitor};
 use super::ready::{Boot, listen_for_agent};
-use super::vm_spec::VmSpec;
 use super::{CliError, ending_status, print};
 use crate::config::{ConsoleConfig, VmConfig};
 use crate::control::routes::Control;
@@ -46,7 +45,7 @@ pub struct DetachedArgs {
     pub monitor: bool,
 }
 
-fn label(text: &str) -> Result<(String, String), &'static str> {
+pub fn label(text: &str) -> Result<(String, String), &'static str> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("give KEY=VALUE"),
@@ -99,7 +98,8 @@ pub fn start(args: &DetachedArgs, doing: &str) -> Result<u8, CliError> {
     print((name + "\n").as_bytes())
 }
 
-fn record(sandbox: &SandboxDir, vm: &VmSpec, config: &VmConfig) -> Record {
+fn record(sandbox: &SandboxDir, launch: &Launch, config: &VmConfig) -> Record {
+    let vm = &launch.spec;
     let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
     let env = vm.env.iter().map(|var| {
         let value = String::from_utf8_lossy(&var.value).into_owned();
@@ -123,11 +123,33 @@ fn record(sandbox: &SandboxDir, vm: &VmSpec, config: &VmConfig) -> Record {
         cwd: vm.cwd.clone(),
         user: vm.user.clone(),
         warm: vm.warm.clone(),
+        branch: launch.branch.clone(),
     }
 }
 
-/// Is the sandbox itself: makes its machine, and serves it until it ends.
-pub fn monitor(mut launch: Launch, show_timings: bool, start: Instant) -> Result<u8, CliError> {
+/// Who is told that a sandbox is ready.
+pub trait Announce {
+    /// Tells it. An error means that nobody wants the sandbox any more.
+    fn ready(&self, sandbox: &SandboxDir, timings: &Timings) -> io::Result<()>;
+}
+
+/// Whoever started this process waits for the sandbox's id on its standard output.
+pub struct Starter;
+
+impl Announce for Starter {
+    fn ready(&self, sandbox: &SandboxDir, _: &Timings) -> io::Result<()> {
+        writeln!(io::stdout(), "{}", sandbox.id())?;
+        io::stdout().flush()
+    }
+}
+
+/// Is the sandbox itself: makes its machine, and serves it until it ends. When it is ready, `starter` is told.
+pub fn monitor(
+    mut launch: Launch,
+    show_timings: bool,
+    start: Instant,
+    starter: &impl Announce,
+) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::since(start));
     let broken = |error: io::Error| CliError::Monitor(error.to_string());
     let bad = |error: crate::sandbox::SandboxError| CliError::BadInput(error.to_string());
@@ -136,7 +158,7 @@ pub fn monitor(mut launch: Launch, show_timings: bool, start: Instant) -> Result
     let mut sandbox = SandboxDir::create(launch.spec.name.as_deref()).map_err(bad)?;
     let paths = sandbox.paths().clone();
     let config = launch.config(&paths, ConsoleConfig::Log(paths.console()))?;
-    let record = record(&sandbox, &launch.spec, &config);
+    let record = record(&sandbox, &launch, &config);
     sandbox.publish(&record).map_err(bad)?;
     let ready = listen_for_agent(&paths)?;
     let (machine, cache) = launch.make(&config, &timings)?;
@@ -150,20 +172,23 @@ pub fn monitor(mut launch: Launch, show_timings: bool, start: Instant) -> Result
         start,
         timings: &timings,
     };
-    let (agent, watch) = boot.agent(ready, &launch, &config, cache)?;
+    let (agent, watch) = boot.agent(ready, &launch, &config, cache, sandbox.name())?;
     if let Some(ending) = watch.end() {
         return Err(boot.cut_short(ending));
     }
-    let snapshots = Snapshots::new(config, launch.source.origin(), launch.source.parent());
+    let snapshots = Snapshots::new(config, launch.source.origin(), launch.source.base());
     let control = Control::new(record, paths.clone(), start, &machine, agent, snapshots);
     let control = Arc::new(control);
     let server = Server::start(&paths.api_socket(), Arc::clone(&control)).map_err(broken)?;
     if show_timings {
         let _ = write!(io::stderr(), "{timings}");
     }
-    leave_terminal(&sandbox).map_err(|error| {
-        CliError::Monitor(format!("nobody waits for the sandbox any more: {error}"))
-    })?;
+    starter
+        .ready(&sandbox, &timings)
+        .and_then(|()| leave_terminal(&sandbox))
+        .map_err(|error| {
+            CliError::Monitor(format!("nobody waits for the sandbox any more: {error}"))
+        })?;
 
     let ending = supervisor.wait_for_end();
     if let Ending::Signal(_) = ending {
@@ -185,14 +210,12 @@ pub fn monitor(mut launch: Launch, show_timings: bool, start: Instant) -> Result
     Ok(status)
 }
 
-/// Tells who waits that the sandbox is ready, and from then on belongs to nobody. What is logged goes to a file.
+/// Belongs to nobody from now on. What is logged goes to a file.
 fn leave_terminal(sandbox: &SandboxDir) -> io::Result<()> {
-    // Who started it and did not wait does not want it: this fails where nobody reads.
-    writeln!(io::stdout(), "{}", sandbox.id())?;
-    io::stdout().flush()?;
     // It fails only for the leader of a process group, which has left its starter's already.
     let _ = rustix::process::setsid();
     let null = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
     rustix::stdio::dup2_stdout(&null)?;
     let log = File::create(sandbox.path().join("monitor.log"))?;
     rustix::stdio::dup2_stderr(&log)?;

@@ -12,12 +12,12 @@ use super::{CliError, ending_status};
 use crate::boot_cache::BootCache;
 use crate::builder::{self, BuildError, Origin};
 use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
-use crate::control::snapshot::Parent;
 use crate::host;
 use crate::kvm::install_kick_handler;
 use crate::machine::Machine;
+use crate::sandbox::record::BranchPoint;
 use crate::sandbox::{SandboxDir, SandboxPaths};
-use crate::snapshot::restore::Saved;
+use crate::snapshot::restore::{Base, Saved};
 use crate::supervisor::{Signals, Supervisor};
 use crate::timings::Timings;
 
@@ -46,7 +46,7 @@ pub enum Source {
     Boot(BootFiles),
     /// What another guest of the same kind was when it had booted.
     Cached(Box<Saved>),
-    /// A snapshot of the user's.
+    /// A snapshot of the user's, or a running parent's moment.
     Saved(Box<Saved>),
 }
 
@@ -65,14 +65,11 @@ impl Source {
     }
 
     /// What the machine's first snapshot is a difference to.
-    pub fn parent(&self) -> Option<Parent> {
+    pub fn base(&self) -> Option<Base> {
         match self {
             // A cache may be removed at any time: nothing rests on it.
             Self::Boot(_) | Self::Cached(_) => None,
-            Self::Saved(saved) => Some(Parent {
-                held: Arc::clone(saved.held()),
-                chain: Arc::clone(&saved.chain),
-            }),
+            Self::Saved(saved) => saved.base.clone(),
         }
     }
 }
@@ -85,6 +82,8 @@ pub struct Launch {
     pub source: Source,
     /// A guest that has booted before may be taken, and one that boots be kept.
     pub cached: bool,
+    /// Where it branches off another sandbox, if it does.
+    pub branch: Option<BranchPoint>,
 }
 
 impl Launch {

@@ -4,6 +4,7 @@
 //! where the VM or the monitor failed.
 
 mod boot;
+mod branch;
 mod cache;
 mod completions;
 mod cp;
@@ -20,6 +21,7 @@ mod program;
 mod ready;
 mod restore;
 mod run;
+mod shell;
 mod snap;
 mod snapshot;
 mod start;
@@ -78,6 +80,7 @@ enum Command {
     Start(start::StartArgs),
     Restore(restore::RestoreArgs),
     Snapshot(snapshot::SnapshotArgs),
+    Branch(branch::BranchArgs),
     Exec(exec::ExecArgs),
     Cp(cp::CpArgs),
     Logs(logs::LogsArgs),
@@ -93,6 +96,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
+    #[command(hide = true)]
+    Shell(shell::ShellArgs),
 }
 
 /// A failure that ends the process: a message of one line or more, and a status.
@@ -266,6 +271,8 @@ pub fn main(start: Instant) -> ExitCode {
         Command::Start(args) => start::start(&args, start),
         Command::Restore(args) => restore::restore(&args, start),
         Command::Snapshot(args) => snapshot::snapshot(&args),
+        Command::Branch(args) => branch::branch(&args),
+        Command::Shell(args) => shell::shell(&args, start),
         Command::Exec(args) => exec::exec(&args),
         Command::Cp(args) => cp::cp(&args),
         Command::Logs(args) => logs::logs(&args),

@@ -22,6 +22,8 @@ use crate::timings::Timings;
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 /// Random bytes for a restored guest: what its generator can hold twice over.
 const ENTROPY: usize = 64;
+/// Random bytes of a machine id (machine-id(5)).
+const MACHINE_ID: usize = 16;
 /// How long a guest that has closed the agent's connection may take to end.
 const RESET_GRACE: Duration = Duration::from_secs(5);
 
@@ -77,9 +79,11 @@ impl Boot<'_> {
         launch: &Launch,
         config: &VmConfig,
         cache: Option<BootCache>,
+        name: &str,
     ) -> Result<(Agent, Watch), CliError> {
         if let Some(saved) = launch.source.saved() {
-            return self.restored_agent(ready, saved.state.agent.as_ref());
+            let name = launch.branch.as_ref().map(|_| name);
+            return self.restored_agent(ready, saved.state.agent.as_ref(), name);
         }
         let (agent, watch) = self.wait_for_agent(ready)?;
         if let Some(interpreter) = launch.spec.interpreter() {
@@ -115,6 +119,7 @@ impl Boot<'_> {
         &self,
         ready: UnixListener,
         state: Option<&AgentState>,
+        name: Option<&str>,
     ) -> Result<(Agent, Watch), CliError> {
         let (agent, watch) = match (self.machine.take_agent_link(), state) {
             (Some(stream), Some(state)) => {
@@ -126,7 +131,7 @@ impl Boot<'_> {
             // It learns that its connection is gone, and calls again.
             _ => self.wait_for_agent(ready)?,
         };
-        match agent.restored(own_identity()?) {
+        match agent.restored(own_identity(name)?) {
             Ok(()) => {
                 self.timings.mark("guest told");
                 Ok((agent, watch))
@@ -198,18 +203,22 @@ impl Boot<'_> {
     }
 }
 
-/// What a restored guest must not have in common with others of its snapshot: random numbers and the time.
-fn own_identity() -> Result<RestoredRequest, CliError> {
-    let mut entropy = vec![0; ENTROPY];
-    getrandom(&mut entropy[..], GetRandomFlags::empty()).map_err(|errno| {
+/// What a restored guest must not have in common with others of its snapshot: random numbers and the time; and for one that is to have a `name` of its own, that
+/// and its machine id.
+fn own_identity(name: Option<&str>) -> Result<RestoredRequest, CliError> {
+    let mut random = [0; ENTROPY + MACHINE_ID];
+    getrandom(&mut random[..], GetRandomFlags::empty()).map_err(|errno| {
         CliError::Monitor(format!("no random bytes: {}", std::io::Error::from(errno)))
     })?;
+    let (entropy, id) = random.split_at(ENTROPY);
+    let id = || id.iter().map(|byte| format!("{byte:02x}")).collect();
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     Ok(RestoredRequest {
-        entropy,
+        entropy: entropy.to_vec(),
+        machine_id: name.map_or_else(String::new, |_| id()),
+        hostname: name.unwrap_or_default().to_owned(),
         realtime_ns: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX),
-        ..RestoredRequest::default()
     })
 }

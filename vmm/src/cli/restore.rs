@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 
 use super::CliError;
-use super::detached::{self, DetachedArgs};
+use super::detached::{self, DetachedArgs, Starter};
 use super::launch::{Launch, Source};
 use super::vm_spec::VmSpec;
 use crate::pager::Mode;
@@ -69,12 +69,13 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
         name: args.name.clone(),
         labels: args.detached.label.iter().cloned().collect(),
         timeout: args.timeout,
-        ..VmSpec::of_snapshot(saved.manifest())
+        ..VmSpec::of_saved(&saved)
     };
     let launch = Launch {
         spec,
         source: Source::Saved(Box::new(saved)),
         cached: false,
+        branch: None,
     };
-    detached::monitor(launch, args.timings, start)
+    detached::monitor(launch, args.timings, start, &Starter)
 }

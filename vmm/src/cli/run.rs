@@ -50,6 +50,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         source: Source::Boot(files),
         // Who wants to see the console wants to see the boot.
         cached: !args.cache.cold && args.console.is_none(),
+        branch: None,
     };
     // The interpreter stands ready for whoever runs this work.
     launch.spec.user = Some(work.user().to_owned());
@@ -76,7 +77,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         timings: &timings,
     };
     let result = boot
-        .agent(ready, &launch, &config, cache)
+        .agent(ready, &launch, &config, cache, sandbox.name())
         .and_then(|agent| work_in(&boot, agent, work, writable));
     timings.mark("program ended");
     let status = result

@@ -5,7 +5,7 @@ use std::time::Instant;
 use clap::Args;
 
 use super::CliError;
-use super::detached::{self, DetachedArgs};
+use super::detached::{self, DetachedArgs, Starter};
 use super::launch::{BootFiles, Launch, Source};
 use super::vm_args::{CacheArgs, VmArgs};
 
@@ -36,6 +36,7 @@ pub fn start(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
         spec,
         source,
         cached: !args.cache.cold,
+        branch: None,
     };
-    detached::monitor(launch, args.vm.timings, start)
+    detached::monitor(launch, args.vm.timings, start, &Starter)
 }

@@ -5,13 +5,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use snapshot_fmt::manifest::Manifest;
-
 use super::CliError;
 use super::vm_args::{DriveArg, ImageAs, VmArgs};
 use crate::agent::{EnvVar, WarmRequest};
 use crate::config::{DriveConfig, DriveInterface};
 use crate::config_file::VmFile;
+use crate::snapshot::restore::Saved;
 use crate::warm::WarmRuntime;
 
 /// Guest memory where nobody says how much, in MiB.
@@ -51,9 +50,9 @@ pub struct VmSpec {
 }
 
 impl VmSpec {
-    /// What is left to say of a machine that a snapshot describes: how programs are run in it.
-    pub fn of_snapshot(manifest: &Manifest) -> Self {
-        let programs = &manifest.programs;
+    /// What is left to say of a machine that goes on: how programs are run in it.
+    pub fn of_saved(saved: &Saved) -> Self {
+        let programs = &saved.programs;
         let env = programs.env.iter().map(|(name, value)| EnvVar {
             name: name.clone(),
             value: value.clone().into_bytes(),
@@ -61,7 +60,7 @@ impl VmSpec {
         Self {
             name: None,
             labels: BTreeMap::new(),
-            cpus: manifest.machine.cpus,
+            cpus: saved.machine.cpus,
             memory: 0,
             kernel: None,
             image: None,
@@ -72,7 +71,7 @@ impl VmSpec {
             env: env.collect(),
             cwd: programs.cwd.clone(),
             user: programs.user.clone(),
-            warm: manifest.warm.as_ref().and_then(|warm| warm.try_into().ok()),
+            warm: saved.warm.as_ref().and_then(|warm| warm.try_into().ok()),
         }
     }
 

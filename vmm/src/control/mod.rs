@@ -3,6 +3,7 @@
 //! One request per connection. `openapi.json` describes it, and is served as well. `types.rs` has what is sent,
 //! `http.rs` reads and writes messages, `server.rs` serves, `routes.rs` and `exec.rs` carry out, `client.rs` asks.
 
+mod branch;
 pub mod client;
 pub mod exec;
 pub mod http;

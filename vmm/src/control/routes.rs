@@ -17,6 +17,7 @@ use crate::agent::{AGENT_PORT, Agent, ShutdownMode};
 use crate::console_log::ConsoleReader;
 use crate::exit::{ExitLatch, ExitReason};
 use crate::machine::{Machine, RunState};
+use crate::reaper::Reaper;
 use crate::sandbox::SandboxPaths;
 use crate::sandbox::record::Record;
 
@@ -30,14 +31,15 @@ const FORCE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the API acts on.
 pub struct Control {
-    record: Record,
+    pub(super) record: Record,
     paths: SandboxPaths,
     start: Instant,
     /// It ends where the machine does.
     machine: Weak<Machine>,
     exit: ExitLatch,
-    agent: Mutex<Option<Agent>>,
-    snapshots: Snapshots,
+    pub(super) agent: Mutex<Option<Agent>>,
+    pub(super) snapshots: Snapshots,
+    pub(super) reaper: Reaper,
     stopping: AtomicBool,
 }
 
@@ -52,12 +54,13 @@ pub enum Reply {
 type Handler = fn(&Control, &Request, &mut UnixStream) -> Result<Reply, ErrorBody>;
 
 /// Methods and paths.
-const ROUTES: [(&str, &str, Handler); 8] = [
+const ROUTES: [(&str, &str, Handler); 9] = [
     ("GET", "/v1/sandbox", sandbox),
     ("POST", "/v1/pause", pause),
     ("POST", "/v1/resume", resume),
     ("POST", "/v1/stop", stop),
     ("POST", "/v1/snapshot", snapshot),
+    ("POST", "/v1/branch", branch),
     ("POST", "/v1/exec", exec),
     ("GET", "/v1/console", console),
     ("GET", "/v1/openapi.json", openapi),
@@ -121,11 +124,12 @@ impl Control {
             machine: Arc::downgrade(machine),
             agent: Mutex::new(Some(agent)),
             snapshots,
+            reaper: Reaper::default(),
             stopping: AtomicBool::new(false),
         }
     }
 
-    fn machine(&self) -> Result<Arc<Machine>, ErrorBody> {
+    pub(super) fn machine(&self) -> Result<Arc<Machine>, ErrorBody> {
         let ended = || ErrorBody::new(ErrorCode::Conflict, "the sandbox is ending");
         self.machine.upgrade().ok_or_else(ended)
     }
@@ -262,6 +266,15 @@ fn snapshot(control: &Control, request: &Request, _: &mut UnixStream) -> Result<
         .snapshots
         .take(&machine, agent.as_ref(), &control.record, request)?;
     json(&taken)
+}
+
+fn branch(
+    control: &Control,
+    request: &Request,
+    stream: &mut UnixStream,
+) -> Result<Reply, ErrorBody> {
+    refuse_while_stopping(control)?;
+    json(&control.branch(body(request)?, stream)?)
 }
 
 fn exec(control: &Control, request: &Request, stream: &mut UnixStream) -> Result<Reply, ErrorBody> {

@@ -12,32 +12,40 @@ use crate::machine::Machine;
 use crate::sandbox::record::Record;
 use crate::snapshot::SnapshotError;
 use crate::snapshot::memory_layer::Lineage;
+use crate::snapshot::restore::Base;
 use crate::snapshot::save::{Order, Taken, take};
-use crate::store::{Held, Store, StoreError};
+use crate::store::{Store, StoreError};
 
-/// What a sandbox's next snapshot is a difference to: the one that it was restored from, or the last that was taken.
-pub struct Parent {
-    /// It; nobody can remove it.
-    pub held: Arc<Held>,
-    /// Its memory.
-    pub chain: Arc<Chain>,
+/// What a sandbox's next snapshot is a difference to: the one that it goes back to, or the last that was taken.
+struct Parent {
+    snapshot: Base,
+    /// As [`Lineage::covered`].
+    covered: usize,
 }
 
 /// A sandbox's snapshots: one at a time.
 pub struct Snapshots {
-    config: VmConfig,
-    /// What the machine's memory began with.
-    origin: Option<Arc<Chain>>,
+    /// What the machine was made of.
+    pub config: VmConfig,
+    /// What its memory began with.
+    pub origin: Option<Arc<Chain>>,
+    /// The snapshot that this begins with.
+    pub base: Option<Base>,
     parent: Mutex<Option<Parent>>,
 }
 
 impl Snapshots {
-    /// For the machine of `config`, whose memory began with `origin`, and whose first snapshot is a difference to `parent`: the
-    /// snapshot that it was restored from, if it is one of the user's.
-    pub fn new(config: VmConfig, origin: Option<Arc<Chain>>, parent: Option<Parent>) -> Self {
+    /// For the machine of `config`, whose memory began with `origin`. That begins with the snapshot `base`, if that is one of the user's, and
+    /// the first snapshot of the machine is a difference to it.
+    pub fn new(config: VmConfig, origin: Option<Arc<Chain>>, base: Option<Base>) -> Self {
+        let parent = base.clone().map(|snapshot| Parent {
+            covered: snapshot.chain.layers().len(),
+            snapshot,
+        });
         Self {
             config,
             origin,
+            base,
             parent: Mutex::new(parent),
         }
     }
@@ -68,18 +76,15 @@ impl Snapshots {
             machine,
             config: &self.config,
             agent,
-            programs: Programs {
-                env: record.env.clone(),
-                cwd: record.cwd.clone(),
-                user: record.user.clone(),
-            },
+            programs: programs(record),
             warm: record.warm.as_ref().map(Into::into),
             name: request.name,
             lineage: Lineage {
                 origin: self.origin.as_deref(),
-                parent: base.map(|parent| &*parent.chain),
+                parent: base.map(|parent| &*parent.snapshot.chain),
+                covered: base.map_or(0, |parent| parent.covered),
             },
-            parent: base.map(|parent| parent.held.snapshot().id()),
+            parent: base.map(|parent| parent.snapshot.held.snapshot().id()),
         };
         let Taken {
             held,
@@ -90,8 +95,11 @@ impl Snapshots {
         match store.chain(held.snapshot(), MEMORY) {
             Ok(chain) => {
                 *parent = Some(Parent {
-                    chain: Arc::new(chain),
-                    held: Arc::new(held),
+                    snapshot: Base {
+                        chain: Arc::new(chain),
+                        held: Arc::new(held),
+                    },
+                    covered: usize::MAX,
                 });
             }
             // It is taken all the same.
@@ -116,7 +124,16 @@ impl Snapshots {
     }
 }
 
-fn code(error: &SnapshotError) -> ErrorCode {
+/// How programs are run in the sandbox of `record`.
+pub fn programs(record: &Record) -> Programs {
+    Programs {
+        env: record.env.clone(),
+        cwd: record.cwd.clone(),
+        user: record.user.clone(),
+    }
+}
+
+pub(super) fn code(error: &SnapshotError) -> ErrorCode {
     match error {
         SnapshotError::WritableDrive { .. } => ErrorCode::Conflict,
         SnapshotError::Store(StoreError::BadName { .. }) => ErrorCode::BadBody,

@@ -113,6 +113,67 @@ pub struct SnapshotView {
     pub total_us: u64,
 }
 
+/// What children to make.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BranchRequest {
+    /// How many.
+    pub count: u32,
+    /// What to call it; where there are several, each has `-1`, `-2` and so on behind that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// After this time each is ended, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl_ms: Option<u64>,
+    /// Labels on top of the sandbox's own.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl Default for BranchRequest {
+    fn default() -> Self {
+        Self {
+            count: 1,
+            name: None,
+            ttl_ms: None,
+            labels: BTreeMap::new(),
+        }
+    }
+}
+
+/// Children that were made.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BranchView {
+    /// They.
+    pub children: Vec<ChildView>,
+    /// Pages of 4096 bytes that they have in common beyond what the sandbox began with.
+    pub data_pages: u64,
+    /// Pages that became zero since then.
+    pub zero_pages: u64,
+    /// Microseconds from when the sandbox was to stand still until the state of its processors and devices was had.
+    pub state_us: u64,
+    /// Until memory was frozen, too.
+    pub freeze_us: u64,
+    /// Until it ran on: how long it stood still.
+    pub pause_us: u64,
+    /// Until its memory of that moment was written, while it ran.
+    pub written_us: u64,
+    /// Microseconds from the request until all children were ready.
+    pub total_us: u64,
+}
+
+/// A child that was made.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ChildView {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Microseconds from the request until its processors ran.
+    pub running_us: u64,
+    /// Until its agent had said that it is a guest of its own.
+    pub answered_us: u64,
+}
+
 /// A program to run.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -320,10 +320,7 @@ fn pages_that_have_not_arrived_are_not_saved() {
     write(memory, 501, &content(502));
     let before = restored.pager.stats();
     let file = NamedTempFile::new().unwrap();
-    let lineage = Lineage {
-        origin: Some(&parent),
-        parent: Some(&parent),
-    };
+    let lineage = Lineage::over_origin(Some(&parent));
     let saved = LayerInProgress::begin(memory, file.as_file(), file.path(), lineage).unwrap();
     // It is of the moment it was begun, while pages go on arriving.
     write(memory, 30, &content(2000));

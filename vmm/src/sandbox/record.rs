@@ -56,6 +56,38 @@ pub struct Record {
     /// The interpreter that stands ready for code; absent for none.
     #[serde(default)]
     pub warm: Option<WarmRuntime>,
+    /// Where it branched off; absent for one that did not.
+    #[serde(default)]
+    pub branch: Option<BranchPoint>,
+}
+
+/// Where a sandbox branched off another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BranchPoint {
+    /// The parent's id.
+    pub parent: String,
+    /// The parent's name at that time.
+    pub parent_name: String,
+    /// The id of the first of the tree, which did not branch off another.
+    pub root: String,
+    /// How many steps from there: at least 1.
+    pub depth: u32,
+    /// When, in seconds since 1970. Children of one call have it in common, and the memory of one moment.
+    pub at: u64,
+}
+
+impl Record {
+    /// Where children of this sandbox branch off it now.
+    pub fn branch_point(&self) -> BranchPoint {
+        let own = self.branch.as_ref();
+        BranchPoint {
+            parent: self.id.clone(),
+            parent_name: self.name.clone(),
+            root: own.map_or_else(|| self.id.clone(), |own| own.root.clone()),
+            depth: own.map_or(1, |own| own.depth.saturating_add(1)),
+            at: now(),
+        }
+    }
 }
 
 /// How a sandbox ended.

@@ -37,12 +37,25 @@ pub struct Lineage<'a> {
     pub origin: Option<&'a Chain>,
     /// What the layer is a difference to: the origin, or what was saved of this machine since. Without it the layer holds everything.
     pub parent: Option<&'a Chain>,
+    /// How many of the origin's layers, from the root on, `parent` makes up for: it has them too, or was saved of this machine.
+    /// What the others hold belongs into the layer although nobody has written to it.
+    pub covered: usize,
 }
 
-impl Lineage<'_> {
-    /// Where pages come from that nobody has written to, if they belong into the layer.
-    fn untouched(&self) -> Option<&Chain> {
-        self.origin.filter(|_| self.parent.is_none())
+impl<'a> Lineage<'a> {
+    /// A layer over what memory began with.
+    pub fn over_origin(origin: Option<&'a Chain>) -> Self {
+        Self {
+            origin,
+            parent: origin,
+            covered: usize::MAX,
+        }
+    }
+
+    /// Where pages come from that nobody has written to, if they may belong into the layer.
+    fn untouched(&self) -> Option<&'a Chain> {
+        self.origin
+            .filter(|origin| self.covered < origin.layers().len())
     }
 }
 
@@ -134,7 +147,7 @@ fn write(
                 let written = if is_private(run[0]) {
                     layer.put(first, &bytes[page * PAGE_SIZE..end * PAGE_SIZE])
                 } else if let Some(origin) = lineage.untouched() {
-                    copy(origin, first, run.len() as u64, &mut layer)
+                    copy(origin, lineage.covered, first, run.len() as u64, &mut layer)
                 } else {
                     Ok(())
                 };
@@ -149,18 +162,25 @@ fn write(
     Ok(summary)
 }
 
-/// Adds the pages that are as the machine began with them. They are read from the layers, where they are checked: in memory they may not have
-/// arrived.
+/// Adds the pages that are as the machine began with them, but for those of the first layers, which are `covered`. They are read from the layers,
+/// where they are checked: in memory they may not have arrived.
 fn copy(
     origin: &Chain,
+    covered: usize,
     first_page: u64,
     count: u64,
     layer: &mut DeltaWriter<'_>,
 ) -> Result<(), WriteError> {
     let mut bytes = [0; PAGE_SIZE];
     for run in origin.runs(first_page, first_page + count) {
-        if run.source == Source::Zero {
-            continue;
+        match run.source {
+            // A layer may have made them so.
+            Source::Zero => {
+                layer.zero(run.first_page, run.count)?;
+                continue;
+            }
+            Source::Data { layer, .. } if layer < covered => continue,
+            Source::Data { .. } => {}
         }
         for page in run.first_page..run.end() {
             origin.read_page(page, &mut bytes)?;
@@ -263,10 +283,7 @@ mod tests {
         }
         let root = save(&root, Lineage::default()).0;
         let chain = Chain::new(vec![root]).unwrap();
-        let lineage = Lineage {
-            origin: Some(&chain),
-            parent: Some(&chain),
-        };
+        let lineage = Lineage::over_origin(Some(&chain));
         let (layer, summary) = save(&memory, lineage);
         assert_eq!((summary.data_pages, summary.zero_pages), (2, 1));
         let again = memory::create(&RAM).unwrap();
@@ -296,7 +313,7 @@ mod tests {
         fill(&memory, 12, 6);
         let lineage = Lineage {
             origin: Some(&chain),
-            parent: None,
+            ..Lineage::default()
         };
         let (layer, summary) = save(&memory, lineage);
         assert_eq!((summary.data_pages, summary.zero_pages), (20, 0));

@@ -3,6 +3,7 @@
 //! What is on the disk is `snapshot-fmt`'s; where, is the store's. Nothing of the running machine changes by being saved, and a
 //! snapshot that fails leaves nothing behind.
 
+pub mod branch;
 pub mod description;
 pub mod memory_layer;
 pub mod restore;

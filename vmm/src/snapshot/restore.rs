@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use snapshot_fmt::chain::Chain;
-use snapshot_fmt::manifest::{MEMORY, Manifest};
+use snapshot_fmt::manifest::{MEMORY, Machine as Description, Programs, Warm};
 use snapshot_fmt::snapshot::Snapshot;
 use snapshot_fmt::state::machine::MachineState;
 
@@ -12,7 +12,7 @@ use crate::config::{ConsoleConfig, VmConfig, VsockConfig};
 use crate::pager::{Mode, Pager, Pages};
 use crate::store::{Held, Store};
 
-/// A snapshot that was found whole and fit for this host. Nobody can remove it meanwhile.
+/// A machine to go on with: a snapshot that was found whole and fit for this host, which nobody can remove meanwhile, or a running parent's moment.
 pub struct Saved {
     /// All but memory.
     pub state: MachineState,
@@ -20,28 +20,55 @@ pub struct Saved {
     pub chain: Arc<Chain>,
     /// How its pages come.
     pub mode: Mode,
-    working_set: Vec<u64>,
-    held: Arc<Held>,
+    /// What it is.
+    pub machine: Description,
+    /// How programs are run in it.
+    pub programs: Programs,
+    /// The interpreter that stands ready in it.
+    pub warm: Option<Warm>,
+    /// The pages that will be wanted first; nothing where nobody will restore it again.
+    pub(super) working_set: Option<Vec<u64>>,
+    /// The snapshot that memory begins with.
+    pub base: Option<Base>,
+}
+
+/// A snapshot that nobody can remove, and its memory: what others rest on.
+#[derive(Clone)]
+pub struct Base {
+    /// It.
+    pub held: Arc<Held>,
+    /// Its memory.
+    pub chain: Arc<Chain>,
+}
+
+impl Base {
+    /// The snapshot of `store` that `reference` means.
+    pub fn open(store: &Store, reference: &str) -> Result<Self, SnapshotError> {
+        let held = store.hold(reference)?;
+        let chain = store.chain(held.snapshot(), MEMORY)?;
+        Ok(Self {
+            held: Arc::new(held),
+            chain: Arc::new(chain),
+        })
+    }
 }
 
 impl Saved {
     /// Opens the snapshot of `store` that `reference` means.
     pub fn open(store: &Store, reference: &str, mode: Mode) -> Result<Self, SnapshotError> {
-        let held = store.hold(reference)?;
-        let snapshot = held.snapshot();
+        let base = Base::open(store, reference)?;
+        let snapshot = base.held.snapshot();
         description::check_cpu(&snapshot.manifest().cpu, &description::cpu())?;
         Ok(Self {
             state: snapshot.state()?,
-            chain: Arc::new(store.chain(snapshot, MEMORY)?),
+            chain: Arc::clone(&base.chain),
             mode,
-            working_set: working_set(snapshot),
-            held: Arc::new(held),
+            machine: snapshot.manifest().machine.clone(),
+            programs: snapshot.manifest().programs.clone(),
+            warm: snapshot.manifest().warm.clone(),
+            working_set: Some(working_set(snapshot)),
+            base: Some(base),
         })
-    }
-
-    /// What it is.
-    pub fn manifest(&self) -> &Manifest {
-        self.held.snapshot().manifest()
     }
 
     /// Its memory, for a machine that goes on.
@@ -49,24 +76,22 @@ impl Saved {
         Pages {
             chain: Arc::clone(&self.chain),
             mode: self.mode,
-            working_set: self.working_set.clone(),
+            working_set: self.working_set.clone().unwrap_or_default(),
         }
     }
 
     /// Writes down what `pager` was first asked for, for the next restores, if nobody has before.
     pub fn keep_working_set(&self, pager: &Pager) {
+        let (Some(base), Some([])) = (&self.base, self.working_set.as_deref()) else {
+            return;
+        };
         let pages = pager.working_set();
-        if !self.working_set.is_empty() || pages.is_empty() {
+        if pages.is_empty() {
             return;
         }
-        if let Err(error) = self.held.write_working_set(&pages) {
+        if let Err(error) = base.held.write_working_set(&pages) {
             log::warn!("the working set of the snapshot is not kept: {error}");
         }
-    }
-
-    /// What keeps it from being removed.
-    pub fn held(&self) -> &Arc<Held> {
-        &self.held
     }
 
     /// The configuration that its machine goes on with.
@@ -75,7 +100,7 @@ impl Saved {
         vsock: Option<VsockConfig>,
         console: ConsoleConfig,
     ) -> Result<VmConfig, SnapshotError> {
-        let config = description::config(&self.manifest().machine, vsock, console)?;
+        let config = description::config(&self.machine, vsock, console)?;
         if usize::try_from(config.cpus).ok() != Some(self.state.vcpus.len()) {
             return Err(SnapshotError::Description {
                 what: "it has another number of processors than its state".to_owned(),

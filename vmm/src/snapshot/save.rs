@@ -87,6 +87,50 @@ pub fn take(order: Order<'_>, store: &Store) -> Result<Taken, SnapshotError> {
     })
 }
 
+/// A machine at one moment. It runs on already.
+pub struct Moment {
+    /// All but memory.
+    pub state: MachineState,
+    /// Memory, which is being written.
+    pub memory: LayerInProgress,
+    /// When the machine was to stand still.
+    pub start: Instant,
+    /// How long it took to have the state, from then.
+    pub had: Duration,
+    /// How long until memory was frozen, too.
+    pub freeze: Duration,
+    /// How long until it ran again.
+    pub pause: Duration,
+}
+
+/// Has `machine` stand still for its state, and its memory of that moment be written to `layer`, which `path` names in messages.
+pub fn freeze(
+    machine: &Machine,
+    agent: Option<&Agent>,
+    layer: &File,
+    path: &Path,
+    lineage: Lineage<'_>,
+) -> Result<Moment, SnapshotError> {
+    let quiet = agent.map(Agent::quiesce);
+    let start = Instant::now();
+    let frozen = machine.freeze(|mut state: MachineState| {
+        state.settle_agent(quiet.as_ref().and_then(Quiet::state));
+        let had = start.elapsed();
+        let memory = LayerInProgress::begin(machine.memory(), layer, path, lineage);
+        (state, memory, had, start.elapsed())
+    })?;
+    let pause = start.elapsed();
+    let (state, memory, had, freeze) = frozen;
+    Ok(Moment {
+        state,
+        memory: memory.map_err(SnapshotError::Memory)?,
+        start,
+        had,
+        freeze,
+        pause,
+    })
+}
+
 /// State and memory, written and synced.
 struct Written {
     files: Vec<FileEntry>,
@@ -110,26 +154,19 @@ fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
     let (layer, layer_path) = make(MEMORY)?;
     let (state_file, state_path) = make(STATE)?;
 
-    let quiet = order.agent.map(Agent::quiesce);
-    let start = Instant::now();
-    let frozen = order.machine.freeze(|mut state: MachineState| {
-        state.settle_agent(quiet.as_ref().and_then(Quiet::state));
-        let had = start.elapsed();
-        let memory =
-            LayerInProgress::begin(order.machine.memory(), &layer, &layer_path, order.lineage);
-        (state, memory, had, start.elapsed())
-    })?;
-    let pause = start.elapsed();
-    drop(quiet);
-    let (state, memory, had, freeze) = frozen;
-    let memory = memory.map_err(SnapshotError::Memory)?;
-
-    let state = state_file::write(&state_file, &state_path, &state)?;
+    let moment = freeze(
+        order.machine,
+        order.agent,
+        &layer,
+        &layer_path,
+        order.lineage,
+    )?;
+    let state = state_file::write(&state_file, &state_path, &moment.state)?;
     state_file.sync_all().map_err(|source| SnapshotError::Io {
         path: state_path,
         source,
     })?;
-    let memory = memory.finish().map_err(SnapshotError::Memory)?;
+    let memory = moment.memory.finish().map_err(SnapshotError::Memory)?;
     let entry = |name: &str, bytes, digest| FileEntry {
         name: name.to_owned(),
         bytes,
@@ -142,10 +179,10 @@ fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
         ],
         memory,
         times: Times {
-            state: had,
-            freeze,
-            pause,
-            total: start.elapsed(),
+            state: moment.had,
+            freeze: moment.freeze,
+            pause: moment.pause,
+            total: moment.start.elapsed(),
         },
     })
 }

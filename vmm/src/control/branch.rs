@@ -1,0 +1,183 @@
+//! `POST /v1/branch`: makes children of the sandbox, which go on from one moment of it while it runs on.
+//!
+//! Each child is a process of its own that is handed the moment. It says when its guest's agent has become its own, and lives on
+//! by itself when it is told that all of them have: there are all children of a call, or none.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use snapshot_fmt::chain::{Chain, DEPTH_MAX};
+
+use super::routes::{Control, client_is_gone};
+use super::snapshot::{code, programs};
+use super::types::{BranchRequest, BranchView, ChildView, ErrorBody, ErrorCode};
+use crate::handover::{self, Handover};
+use crate::snapshot::branch::freeze;
+use crate::snapshot::description::describe;
+use crate::timings::monotonic_ns;
+
+/// Most children of a call.
+const COUNT_MAX: u32 = 1000;
+/// How long a child may take to say that it is ready. It gives up by itself before.
+const PATIENCE: Duration = Duration::from_secs(240);
+/// Longest word of a child, in bytes.
+const WORD_MAX: u64 = 4096;
+
+/// A child's process, which has not been told to live on. It ends when it finds out that it never will be.
+struct Unborn {
+    name: Option<String>,
+    process: Child,
+    socket: UnixStream,
+}
+
+impl Unborn {
+    fn start(name: Option<String>) -> io::Result<Self> {
+        let (socket, theirs) = UnixStream::pair()?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        let process = Command::new("/proc/self/exe")
+            .arg("shell")
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        Ok(Self {
+            name,
+            process,
+            socket,
+        })
+    }
+
+    /// Waits until it is ready. Where it fails, it has said why.
+    fn ready(&mut self) -> Result<ChildView, String> {
+        let mut word = String::new();
+        let read = BufReader::new((&self.socket).take(WORD_MAX)).read_line(&mut word);
+        let view = match read {
+            Ok(_) => serde_json::from_str(&word).ok(),
+            Err(_) => None,
+        };
+        view.ok_or_else(|| {
+            let mut why = String::new();
+            if let Some(stderr) = self.process.stderr.take()
+                && self.process.try_wait().is_ok_and(|ended| ended.is_some())
+            {
+                // What cannot be read is not told.
+                let _ = stderr.take(WORD_MAX).read_to_string(&mut why);
+            }
+            let why = why.trim().trim_start_matches("vmm: ");
+            let who = self.name.as_deref().unwrap_or("a child");
+            match (why, &read) {
+                ("", Err(error)) => format!("{who} did not come to be: {error}"),
+                ("", Ok(_)) => format!("{who} did not come to be: its process ended"),
+                (why, _) => format!("{who}: {why}"),
+            }
+        })
+    }
+}
+
+/// The name of the child `number` of `count`, counted from 1.
+fn name_of(base: Option<&str>, number: u32, count: u32) -> Option<String> {
+    let base = base?;
+    Some(match count {
+        1 => base.to_owned(),
+        _ => format!("{base}-{number}"),
+    })
+}
+
+impl Control {
+    /// Makes the children that `request` asks for. `client` waits for them: without it there are none.
+    pub(super) fn branch(
+        &self,
+        request: BranchRequest,
+        client: &UnixStream,
+    ) -> Result<BranchView, ErrorBody> {
+        let internal = |error: io::Error| {
+            let message = format!("cannot start a child: {error}");
+            ErrorBody::new(ErrorCode::Internal, message)
+        };
+        let count = request.count;
+        if !(1..=COUNT_MAX).contains(&count) {
+            let message = format!("the count is 1 to {COUNT_MAX}, not {count}");
+            return Err(ErrorBody::new(ErrorCode::BadBody, message));
+        }
+        let (start, since) = (Instant::now(), monotonic_ns());
+        let machine = self.machine()?;
+        let (config, origin) = (&self.snapshots.config, self.snapshots.origin.as_deref());
+        if origin.is_some_and(|origin| origin.layers().len() >= DEPTH_MAX) {
+            let message = format!(
+                "the sandbox's memory rests on {DEPTH_MAX} layers already: save it (vmm snapshot --full) and restore that"
+            );
+            return Err(ErrorBody::new(ErrorCode::Conflict, message));
+        }
+        let refused = |error| ErrorBody::new(code(&error), error.to_string());
+        let mut handover = Handover {
+            name: None,
+            timeout_ms: request.ttl_ms,
+            labels: self.record.labels.clone(),
+            branch: self.record.branch_point(),
+            machine: describe(config).map_err(refused)?,
+            programs: programs(&self.record),
+            warm: self.record.warm.clone(),
+            base: self
+                .snapshots
+                .base
+                .as_ref()
+                .map(|base| base.held.snapshot().id()),
+            since,
+        };
+        handover.labels.extend(request.labels);
+
+        let agent = self
+            .agent
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let freezing = freeze(&machine, agent.as_ref(), origin).map_err(refused)?;
+        // Their processes start while memory is written: before, they would have made the pause longer.
+        let mut children = (1..=count)
+            .map(|number| Unborn::start(name_of(request.name.as_deref(), number, count)))
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(internal)?;
+        let point = freezing.finish().map_err(refused)?;
+        drop(machine);
+        let layers = origin.map_or(&[][..], Chain::layers).iter();
+        let files: Vec<&File> = [&point.state]
+            .into_iter()
+            .chain(layers.map(|layer| layer.file()))
+            .chain([&point.memory])
+            .collect();
+        for child in &children {
+            handover.name.clone_from(&child.name);
+            handover::send(&child.socket, &handover, &files).map_err(internal)?;
+        }
+
+        let views = children
+            .iter_mut()
+            .map(Unborn::ready)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|why| ErrorBody::new(ErrorCode::Conflict, why))?;
+        if client_is_gone(client) {
+            let message = "nobody waits for the children any more";
+            return Err(ErrorBody::new(ErrorCode::Conflict, message));
+        }
+        for child in &children {
+            self.reaper.adopt(&child.process).map_err(internal)?;
+            (&child.socket).write_all(b"\n").map_err(internal)?;
+        }
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Ok(BranchView {
+            children: views,
+            data_pages: point.summary.data_pages,
+            zero_pages: point.summary.zero_pages,
+            state_us: micros(point.times.state),
+            freeze_us: micros(point.times.freeze),
+            pause_us: micros(point.times.pause),
+            written_us: micros(point.times.written),
+            total_us: micros(start.elapsed()),
+        })
+    }
+}

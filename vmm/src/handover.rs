@@ -1,0 +1,193 @@
+//! What a parent hands to the process of a child: a description and open files, over a Unix socket.
+//!
+//! On the socket: the description's length as four bytes, least significant first, and the description as JSON. The files come with the
+//! first byte, as descriptors: the state, then the layers of memory, the root first. Whoever is at the other end runs as the same user, in the same program.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use serde::{Deserialize, Serialize};
+use snapshot_fmt::chain::DEPTH_MAX;
+use snapshot_fmt::digest::Digest;
+use snapshot_fmt::manifest::{Machine, Programs};
+
+use crate::sandbox::record::BranchPoint;
+use crate::warm::WarmRuntime;
+
+/// Most files: the state, and as many layers as a chain may have.
+const FILES_MAX: usize = DEPTH_MAX + 1;
+/// Longest description, in bytes.
+const DESCRIPTION_MAX: usize = 1 << 20;
+
+/// A child to be.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Handover {
+    /// What to call it, if not its id.
+    pub name: Option<String>,
+    /// How long it may live, in milliseconds.
+    pub timeout_ms: Option<u64>,
+    /// The user's own labels.
+    pub labels: BTreeMap<String, String>,
+    /// Where it branches off.
+    pub branch: BranchPoint,
+    /// Its machine, which is its parent's.
+    pub machine: Machine,
+    /// How programs are run in it.
+    pub programs: Programs,
+    /// The interpreter that stands ready in it.
+    pub warm: Option<WarmRuntime>,
+    /// The snapshot that its memory begins with, if it does with one of the user's.
+    pub base: Option<Digest>,
+    /// When its parent was asked for it: [`crate::timings::monotonic_ns`].
+    pub since: u64,
+}
+
+/// Sends a child to be, with its files.
+pub fn send(mut socket: &UnixStream, handover: &Handover, files: &[&File]) -> io::Result<()> {
+    let json = serde_json::to_vec(handover)?;
+    let length = u32::try_from(json.len()).map_err(io::Error::other)?;
+    let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
+    let mut rights = SendAncillaryBuffer::new(&mut space);
+    if !rights.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(io::Error::other(format!(
+            "{} files are too many",
+            fds.len()
+        )));
+    }
+    let head = length.to_le_bytes();
+    let sent = sendmsg(
+        socket,
+        &[IoSlice::new(&head)],
+        &mut rights,
+        SendFlags::NOSIGNAL,
+    )?;
+    socket.write_all(head.get(sent..).unwrap_or_default())?;
+    socket.write_all(&json)
+}
+
+/// Receives a child to be, with its files. `None` where whoever would send it has gone.
+pub fn receive(mut socket: &UnixStream) -> io::Result<Option<(Handover, Vec<File>)>> {
+    let mut head = [0; 4];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(
+        socket,
+        &mut [IoSliceMut::new(&mut head)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    let files = control
+        .drain()
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        })
+        .flatten()
+        .map(File::from)
+        .collect();
+    socket.read_exact(head.get_mut(received.bytes..).unwrap_or_default())?;
+    let length = u32::from_le_bytes(head) as usize;
+    if length > DESCRIPTION_MAX {
+        return Err(io::Error::other(format!(
+            "a description of {length} bytes is too long"
+        )));
+    }
+    let mut json = vec![0; length];
+    socket.read_exact(&mut json)?;
+    Ok(Some((serde_json::from_slice(&json)?, files)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    fn handover() -> Handover {
+        Handover {
+            name: Some("child".to_owned()),
+            timeout_ms: None,
+            labels: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
+            branch: BranchPoint {
+                parent: "1".to_owned(),
+                parent_name: "one".to_owned(),
+                root: "1".to_owned(),
+                depth: 1,
+                at: 0,
+            },
+            machine: Machine {
+                cpus: 1,
+                memory: Vec::new(),
+                kernel: snapshot_fmt::manifest::KernelFile {
+                    path: "vmlinux".to_owned(),
+                    digest: None,
+                },
+                cmdline: String::new(),
+                drives: Vec::new(),
+                vsock_cid: Some(3),
+            },
+            programs: Programs::default(),
+            warm: None,
+            base: None,
+            since: 1,
+        }
+    }
+
+    #[test]
+    fn files_arrive_in_order() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let files: Vec<File> = (0..FILES_MAX)
+            .map(|number| {
+                let file = tempfile::tempfile().unwrap();
+                file.write_all_at(&[u8::try_from(number).unwrap()], 0)
+                    .unwrap();
+                file
+            })
+            .collect();
+        send(&ours, &handover(), &files.iter().collect::<Vec<_>>()).unwrap();
+        let (received, files) = receive(&theirs).unwrap().unwrap();
+        assert_eq!(format!("{received:?}"), format!("{:?}", handover()));
+        for (number, file) in files.iter().enumerate() {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, 0).unwrap();
+            assert_eq!(usize::from(byte[0]), number);
+        }
+        assert_eq!(files.len(), FILES_MAX);
+        let too_many: Vec<_> = files.iter().chain(&files[..1]).collect();
+        assert!(send(&ours, &handover(), &too_many).is_err());
+    }
+
+    #[test]
+    fn nobody_there_is_no_child() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(ours);
+        assert!(receive(&theirs).unwrap().is_none());
+    }
+
+    #[test]
+    fn half_a_description_and_nonsense_are_errors() {
+        for bytes in [
+            &b"\x04"[..],
+            b"\x04\0\0\0nul",
+            b"\x04\0\0\0null",
+            b"\xff\xff\xff\xff",
+        ] {
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            ours.write_all(bytes).unwrap();
+            drop(ours);
+            assert!(receive(&theirs).is_err(), "{bytes:?}");
+        }
+    }
+}
