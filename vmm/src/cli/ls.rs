@@ -27,6 +27,9 @@ pub struct LsArgs {
     /// Leave out those that have ended
     #[arg(short, long)]
     running: bool,
+    /// Print those that branched off another below that
+    #[arg(short, long, conflicts_with_all = ["json", "quiet"])]
+    tree: bool,
 }
 
 /// What there is to say about a sandbox.
@@ -109,13 +112,19 @@ pub fn ls(args: &LsArgs) -> Result<u8, CliError> {
     if args.json {
         return print_json(&listed);
     }
-    let width = |of: fn(&Listed) -> usize, least| listed.iter().map(of).fold(least, usize::max);
-    let name = width(|l| l.record.name.len(), 4);
+    let rows = if args.tree {
+        tree(&listed)
+    } else {
+        listed.iter().map(|one| (0, one)).collect()
+    };
+    let indent = |depth: usize| "  ".repeat(depth);
+    let width = |(depth, one): &(usize, &Listed)| indent(*depth).len() + one.record.name.len();
+    let name = rows.iter().map(width).fold(4, usize::max);
     let mut text = format!(
         "{:name$}  {:8}  {:>4}  {:>7}  {:>8}  STATE\n",
         "NAME", "ID", "CPUS", "MEMORY", "AGE"
     );
-    for sandbox in &listed {
+    for (depth, sandbox) in rows {
         let Record {
             id,
             name: own,
@@ -126,6 +135,7 @@ pub fn ls(args: &LsArgs) -> Result<u8, CliError> {
         } = &sandbox.record;
         let (age, status) = (age(now().saturating_sub(*created)), sandbox.status());
         let memory = format!("{memory_mib}M");
+        let own = indent(depth) + own;
         // A string takes all that is written to it.
         let _ = writeln!(
             text,
@@ -133,6 +143,32 @@ pub fn ls(args: &LsArgs) -> Result<u8, CliError> {
         );
     }
     print(text.as_bytes())
+}
+
+/// Each below its parent, one step further in; those whose parent is not there any more are at the edge.
+fn tree(listed: &[Listed]) -> Vec<(usize, &Listed)> {
+    let parent = |one: &Listed| {
+        one.record
+            .branch
+            .as_ref()
+            .map(|branch| branch.parent.clone())
+    };
+    let is_there = |id: &String| listed.iter().any(|one| one.record.id == *id);
+    let mut rows = Vec::new();
+    // What is still to be put, the last first.
+    let mut next: Vec<_> = listed
+        .iter()
+        .rev()
+        .filter(|one| !parent(one).is_some_and(|id| is_there(&id)))
+        .map(|one| (0, one))
+        .collect();
+    while let Some((depth, one)) = next.pop() {
+        rows.push((depth, one));
+        let children = listed.iter().rev();
+        let children = children.filter(|child| parent(child).as_ref() == Some(&one.record.id));
+        next.extend(children.map(|child| (depth + 1, child)));
+    }
+    rows
 }
 
 /// A time in its largest unit, as people say it.
@@ -148,6 +184,58 @@ pub(super) fn age(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::record::BranchPoint;
+
+    fn listed(id: &str, parent: Option<&str>) -> Listed {
+        let branch = parent.map(|parent| BranchPoint {
+            parent: parent.to_owned(),
+            parent_name: parent.to_owned(),
+            root: "r".to_owned(),
+            depth: 1,
+            at: 0,
+        });
+        Listed {
+            record: Record {
+                id: id.to_owned(),
+                name: id.to_owned(),
+                pid: 1,
+                created: 0,
+                kept: true,
+                cpus: 1,
+                memory_mib: 128,
+                kernel: String::new(),
+                image: String::new(),
+                labels: Default::default(),
+                env: Default::default(),
+                cwd: None,
+                user: None,
+                warm: None,
+                branch,
+            },
+            state: "running",
+            exit: None,
+            dir: String::new(),
+            uptime_ms: None,
+            resident_bytes: None,
+        }
+    }
+
+    #[test]
+    fn children_are_below_their_parents() {
+        let all = [
+            listed("a", None),
+            listed("b", Some("a")),
+            listed("c", Some("gone")),
+            listed("d", Some("b")),
+            listed("e", Some("a")),
+            listed("loop", Some("loop")),
+        ];
+        let rows: Vec<_> = tree(&all)
+            .into_iter()
+            .map(|(depth, one)| (depth, &*one.record.id))
+            .collect();
+        assert_eq!(rows, [(0, "a"), (1, "b"), (2, "d"), (1, "e"), (0, "c")]);
+    }
 
     #[test]
     fn ages_are_short() {

@@ -11,6 +11,7 @@ mod cp;
 mod detached;
 mod doctor;
 mod exec;
+mod explore;
 mod inspect;
 mod launch;
 mod lifecycle;
@@ -81,6 +82,7 @@ enum Command {
     Restore(restore::RestoreArgs),
     Snapshot(snapshot::SnapshotArgs),
     Branch(branch::BranchArgs),
+    Explore(explore::ExploreArgs),
     Exec(exec::ExecArgs),
     Cp(cp::CpArgs),
     Logs(logs::LogsArgs),
@@ -272,6 +274,7 @@ pub fn main(start: Instant) -> ExitCode {
         Command::Restore(args) => restore::restore(&args, start),
         Command::Snapshot(args) => snapshot::snapshot(&args),
         Command::Branch(args) => branch::branch(&args),
+        Command::Explore(args) => explore::explore(&args),
         Command::Shell(args) => shell::shell(&args, start),
         Command::Exec(args) => exec::exec(&args),
         Command::Cp(args) => cp::cp(&args),

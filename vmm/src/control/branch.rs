@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(240);
 const WORD_MAX: u64 = 4096;
 
 /// A child's process, which has not been told to live on. It ends when it finds out that it never will be.
-struct Unborn {
+pub(super) struct Unborn {
     name: Option<String>,
     process: Child,
     socket: UnixStream,
@@ -52,28 +52,32 @@ impl Unborn {
         })
     }
 
+    /// Lets it live on.
+    pub fn release(&self) -> io::Result<()> {
+        (&self.socket).write_all(b"\n")
+    }
+
     /// Waits until it is ready. Where it fails, it has said why.
     fn ready(&mut self) -> Result<ChildView, String> {
         let mut word = String::new();
         let read = BufReader::new((&self.socket).take(WORD_MAX)).read_line(&mut word);
-        let view = match read {
+        let view = match &read {
             Ok(_) => serde_json::from_str(&word).ok(),
             Err(_) => None,
         };
         view.ok_or_else(|| {
+            let who = self.name.as_deref().unwrap_or("a child");
+            if let Err(error) = read {
+                return format!("{who} did not come to be: {error}");
+            }
+            // It has closed its socket, so it is ending. What cannot be read is not told.
             let mut why = String::new();
-            if let Some(stderr) = self.process.stderr.take()
-                && self.process.try_wait().is_ok_and(|ended| ended.is_some())
-            {
-                // What cannot be read is not told.
+            if let Some(stderr) = self.process.stderr.take() {
                 let _ = stderr.take(WORD_MAX).read_to_string(&mut why);
             }
-            let why = why.trim().trim_start_matches("vmm: ");
-            let who = self.name.as_deref().unwrap_or("a child");
-            match (why, &read) {
-                ("", Err(error)) => format!("{who} did not come to be: {error}"),
-                ("", Ok(_)) => format!("{who} did not come to be: its process ended"),
-                (why, _) => format!("{who}: {why}"),
+            match why.trim().trim_start_matches("vmm: ") {
+                "" => format!("{who} did not come to be: its process ended"),
+                why => format!("{who}: {why}"),
             }
         })
     }
@@ -88,6 +92,13 @@ fn name_of(base: Option<&str>, number: u32, count: u32) -> Option<String> {
     })
 }
 
+fn internal(error: io::Error) -> ErrorBody {
+    ErrorBody::new(
+        ErrorCode::Internal,
+        format!("cannot start a child: {error}"),
+    )
+}
+
 impl Control {
     /// Makes the children that `request` asks for. `client` waits for them: without it there are none.
     pub(super) fn branch(
@@ -95,10 +106,23 @@ impl Control {
         request: BranchRequest,
         client: &UnixStream,
     ) -> Result<BranchView, ErrorBody> {
-        let internal = |error: io::Error| {
-            let message = format!("cannot start a child: {error}");
-            ErrorBody::new(ErrorCode::Internal, message)
-        };
+        let (children, view) = self.conceive(request)?;
+        if client_is_gone(client) {
+            let message = "nobody waits for the children any more";
+            return Err(ErrorBody::new(ErrorCode::Conflict, message));
+        }
+        children
+            .iter()
+            .try_for_each(Unborn::release)
+            .map_err(internal)?;
+        Ok(view)
+    }
+
+    /// Makes children, each ready for work. Those that are dropped before they are released end.
+    pub(super) fn conceive(
+        &self,
+        request: BranchRequest,
+    ) -> Result<(Vec<Unborn>, BranchView), ErrorBody> {
         let count = request.count;
         if !(1..=COUNT_MAX).contains(&count) {
             let message = format!("the count is 1 to {COUNT_MAX}, not {count}");
@@ -151,6 +175,7 @@ impl Control {
             .chain([&point.memory])
             .collect();
         for child in &children {
+            self.reaper.adopt(&child.process).map_err(internal)?;
             handover.name.clone_from(&child.name);
             handover::send(&child.socket, &handover, &files).map_err(internal)?;
         }
@@ -160,16 +185,8 @@ impl Control {
             .map(Unborn::ready)
             .collect::<Result<Vec<_>, _>>()
             .map_err(|why| ErrorBody::new(ErrorCode::Conflict, why))?;
-        if client_is_gone(client) {
-            let message = "nobody waits for the children any more";
-            return Err(ErrorBody::new(ErrorCode::Conflict, message));
-        }
-        for child in &children {
-            self.reaper.adopt(&child.process).map_err(internal)?;
-            (&child.socket).write_all(b"\n").map_err(internal)?;
-        }
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        Ok(BranchView {
+        let view = BranchView {
             children: views,
             data_pages: point.summary.data_pages,
             zero_pages: point.summary.zero_pages,
@@ -178,6 +195,7 @@ impl Control {
             pause_us: micros(point.times.pause),
             written_us: micros(point.times.written),
             total_us: micros(start.elapsed()),
-        })
+        };
+        Ok((children, view))
     }
 }

@@ -1,6 +1,6 @@
 //! The API as `vmm`'s own subcommands ask for it.
 
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-use super::http::{HttpError, read_answer, write_request};
+use super::http::{Answer, HttpError, read_answer, write_request};
 use super::types::{ErrorBody, ErrorView};
 
 /// Longest answer, in bytes.
@@ -37,14 +37,14 @@ pub enum ClientError {
     Answer(#[from] serde_json::Error),
 }
 
-/// Asks the sandbox at `socket`, and waits at most `patience`.
-pub fn ask<T: DeserializeOwned>(
+/// Sends a request, and reads the head of the answer.
+fn begin(
     socket: &Path,
     method: &str,
     path: &str,
     body: &impl Serialize,
     patience: Duration,
-) -> Result<T, ClientError> {
+) -> Result<(UnixStream, Answer), ClientError> {
     let mut stream = UnixStream::connect(socket).map_err(|source| ClientError::Connect {
         path: socket.to_owned(),
         source,
@@ -54,11 +54,42 @@ pub fn ask<T: DeserializeOwned>(
     stream.set_write_timeout(Some(patience)).map_err(io)?;
     write_request(&mut stream, method, path, &serde_json::to_vec(body)?).map_err(io)?;
     let answer = read_answer(&mut stream)?;
-    let status = answer.status;
-    let body = answer.body(&mut stream, ANSWER_MAX)?;
-    if status != 200 {
+    if answer.status != 200 {
+        let body = answer.body(&mut stream, ANSWER_MAX)?;
         let view: ErrorView = serde_json::from_slice(&body)?;
         return Err(ClientError::Refused(view.error));
     }
+    Ok((stream, answer))
+}
+
+/// Asks the sandbox at `socket`, and waits at most `patience`.
+pub fn ask<T: DeserializeOwned>(
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: &impl Serialize,
+    patience: Duration,
+) -> Result<T, ClientError> {
+    let (mut stream, answer) = begin(socket, method, path, body, patience)?;
+    let body = answer.body(&mut stream, ANSWER_MAX)?;
     Ok(serde_json::from_slice(&body)?)
+}
+
+/// Asks the sandbox at `socket` for what comes in lines, and has `each` see them as they come. Waits for the first at most
+/// `patience`.
+pub fn ask_for_lines<T: DeserializeOwned, E: From<ClientError>>(
+    socket: &Path,
+    path: &str,
+    body: &impl Serialize,
+    patience: Duration,
+    mut each: impl FnMut(T) -> Result<(), E>,
+) -> Result<(), E> {
+    let io = |error| ClientError::Http(HttpError::Io(error));
+    let (mut stream, answer) = begin(socket, "POST", path, body, patience)?;
+    stream.set_read_timeout(None).map_err(io)?;
+    for line in BufReader::new(answer.chunks(&mut stream)).lines() {
+        let value = serde_json::from_str(&line.map_err(io)?).map_err(ClientError::Answer)?;
+        each(value)?;
+    }
+    Ok(())
 }

@@ -11,17 +11,76 @@ use base64::prelude::BASE64_STANDARD;
 
 use super::http::Chunks;
 use super::routes::client_is_gone;
-use super::types::{EndedView, ErrorBody, ErrorCode, ExecBody, ExecEvent};
+use super::types::{CodeLanguage, EndedView, ErrorBody, ErrorCode, ExecBody, ExecEvent};
 use crate::agent::{
-    AGENT_PORT, Agent, AgentError, Controller, EnvVar, ExecRequest, Limits, Stdin, Stdio,
+    AGENT_PORT, Agent, AgentError, Controller, Ended, EnvVar, ExecRequest, Language, Limits,
+    RunCodeRequest, Running, Stdin, Stdio,
 };
 use crate::sandbox::SandboxPaths;
 use crate::sandbox::record::Record;
 
 /// How long the guest's agent may take to answer.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
 /// How often to look whether the client is still there.
 const GONE_PAUSE: Duration = Duration::from_millis(100);
+
+/// Starts what `body` asks for in the sandbox of `record`, whose agent this is.
+pub(super) fn start(
+    agent: &Agent,
+    body: &ExecBody,
+    record: &Record,
+) -> Result<Running, AgentError> {
+    let exec = request(body, record);
+    if body.code.is_empty() {
+        return agent.start(exec);
+    }
+    let language = match body.lang {
+        CodeLanguage::Python => Language::Python,
+        CodeLanguage::Shell => Language::Shell,
+    };
+    agent.start_code(RunCodeRequest {
+        language: language.into(),
+        source: body.code.clone().into_bytes(),
+        args: exec.argv,
+        env: exec.env,
+        cwd: exec.cwd,
+        user: exec.user,
+        stdin: exec.stdin,
+        limits: exec.limits,
+        timeout_ms: exec.timeout_ms,
+        ..RunCodeRequest::default()
+    })
+}
+
+/// Refuses what asks for nothing.
+pub(super) fn check(body: &ExecBody) -> Result<(), ErrorBody> {
+    if body.argv.is_empty() && body.code.is_empty() {
+        let message = "argv and code are empty: give the program and its arguments, or code";
+        return Err(ErrorBody::new(ErrorCode::BadBody, message));
+    }
+    Ok(())
+}
+
+/// What the program reads.
+pub(super) fn stdin(body: &ExecBody) -> Stdin<'_> {
+    match &*body.stdin {
+        "" => Stdin::Null,
+        text => Stdin::Bytes(text.as_bytes()),
+    }
+}
+
+/// How it ended, as it is told.
+pub(super) fn ended_view(ended: &Ended) -> EndedView {
+    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    EndedView {
+        status: ended.status.shell_status(),
+        timed_out: ended.timed_out,
+        oom_killed: ended.oom_killed,
+        user_ms: millis(ended.user_time),
+        system_ms: millis(ended.system_time),
+        peak_memory_bytes: ended.peak_memory,
+    }
+}
 
 fn request(body: &ExecBody, record: &Record) -> ExecRequest {
     let var = |(name, value): (&String, &String)| EnvVar {
@@ -87,7 +146,7 @@ impl Write for Sink<'_> {
     }
 }
 
-fn agent_error(error: &AgentError) -> ErrorBody {
+pub(super) fn agent_error(error: &AgentError) -> ErrorBody {
     ErrorBody::new(ErrorCode::Agent, error.to_string())
 }
 
@@ -98,17 +157,12 @@ pub fn exec(
     body: &ExecBody,
     stream: &UnixStream,
 ) -> Result<(), ErrorBody> {
-    if body.argv.is_empty() {
-        let message = "argv is empty: give the program and its arguments";
-        return Err(ErrorBody::new(ErrorCode::BadBody, message));
-    }
+    check(body)?;
     let deadline = Some(Instant::now() + CONNECT_PATIENCE);
     let agent = Agent::connect(&paths.vsock_socket(), AGENT_PORT, deadline);
     let agent = agent.map_err(|error| agent_error(&error))?;
     agent.set_deadline(None);
-    let running = agent
-        .start(request(body, record))
-        .map_err(|error| agent_error(&error))?;
+    let running = start(&agent, body, record).map_err(|error| agent_error(&error))?;
     let _watch = Watch::start(stream, running.controller());
     // A slow reader stalls its program, for as long as it likes.
     let started = stream
@@ -123,23 +177,12 @@ pub fn exec(
     };
     let (mut stdout, mut stderr) = (sink(ExecEvent::Stdout), sink(ExecEvent::Stderr));
     let ended = running.communicate(Stdio {
-        stdin: match &*body.stdin {
-            "" => Stdin::Null,
-            text => Stdin::Bytes(text.as_bytes()),
-        },
+        stdin: stdin(body),
         stdout: &mut stdout,
         stderr: &mut stderr,
     });
-    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     let last = match ended {
-        Ok(ended) => ExecEvent::Ended(EndedView {
-            status: ended.status.shell_status(),
-            timed_out: ended.timed_out,
-            oom_killed: ended.oom_killed,
-            user_ms: millis(ended.user_time),
-            system_ms: millis(ended.system_time),
-            peak_memory_bytes: ended.peak_memory,
-        }),
+        Ok(ended) => ExecEvent::Ended(ended_view(&ended)),
         Err(error) => ExecEvent::Error(agent_error(&error)),
     };
     if lines.send(&last).is_ok() {

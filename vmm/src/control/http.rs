@@ -1,7 +1,7 @@
 //! HTTP/1.1 messages on a stream, as much of it as the API needs (RFC 9112): one request and one answer per
 //! connection, bodies with a length, answers also in chunks. `httparse` reads the heads; all lengths are bounded.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 
 use thiserror::Error;
 
@@ -250,6 +250,65 @@ impl Answer {
         }
         Ok(body)
     }
+
+    /// Whether the body comes in chunks.
+    pub fn is_chunked(&self) -> bool {
+        self.chunked
+    }
+
+    /// The body of an answer in chunks, as it comes.
+    pub fn chunks<'a>(self, stream: &'a mut impl Read) -> impl Read + 'a {
+        Dechunked {
+            stream: io::BufReader::new(io::Cursor::new(self.rest).chain(stream)),
+            left: 0,
+            first: true,
+            ended: false,
+        }
+    }
+}
+
+/// What chunks hold (RFC 9112, section 7.1).
+struct Dechunked<R> {
+    stream: R,
+    /// Bytes of the chunk that have not been read.
+    left: u64,
+    first: bool,
+    ended: bool,
+}
+
+impl<R: BufRead> Dechunked<R> {
+    fn line(&mut self) -> io::Result<String> {
+        let mut line = String::new();
+        (&mut self.stream).take(64).read_line(&mut line)?;
+        match line.strip_suffix("\r\n") {
+            Some(line) => Ok(line.to_owned()),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+impl<R: BufRead> Read for Dechunked<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.left == 0 && !self.ended {
+            if !self.first {
+                self.line()?;
+            }
+            self.first = false;
+            let length = self.line()?;
+            let length = length.split(';').next().unwrap_or_default();
+            self.left = u64::from_str_radix(length, 16).map_err(io::Error::other)?;
+            self.ended = self.left == 0;
+        }
+        if self.ended {
+            return Ok(0);
+        }
+        let count = (&mut self.stream).take(self.left).read(buffer)?;
+        if count == 0 && !buffer.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.left -= count as u64;
+        Ok(count)
+    }
 }
 
 #[cfg(test)]
@@ -329,5 +388,27 @@ mod tests {
         chunks.write(b"0123456789abcdefg").unwrap();
         chunks.end().unwrap();
         assert!(sent.ends_with(b"\r\n\r\n11\r\n0123456789abcdefg\r\n0\r\n\r\n"));
+    }
+
+    fn dechunked(sent: &[u8]) -> io::Result<String> {
+        let mut stream = Slow(sent, Vec::new());
+        let answer = read_answer(&mut stream).map_err(io::Error::other)?;
+        assert!(answer.is_chunked());
+        let mut body = String::new();
+        answer.chunks(&mut stream).read_to_string(&mut body)?;
+        Ok(body)
+    }
+
+    #[test]
+    fn chunks_come_back() {
+        let mut sent = Vec::new();
+        let mut chunks = Chunks::start(&mut sent, "text/plain").unwrap();
+        chunks.write(b"one\n").unwrap();
+        chunks.write(b"0123456789abcdefg").unwrap();
+        chunks.end().unwrap();
+        assert_eq!(dechunked(&sent).unwrap(), "one\n0123456789abcdefg");
+        for cut in 1..=b"g\r\n0\r\n".len() {
+            assert!(dechunked(&sent[..sent.len() - 2 - cut]).is_err(), "{cut}");
+        }
     }
 }

@@ -6,6 +6,7 @@
 mod branch;
 pub mod client;
 pub mod exec;
+mod explore;
 pub mod http;
 pub mod routes;
 pub mod server;

@@ -54,13 +54,14 @@ pub enum Reply {
 type Handler = fn(&Control, &Request, &mut UnixStream) -> Result<Reply, ErrorBody>;
 
 /// Methods and paths.
-const ROUTES: [(&str, &str, Handler); 9] = [
+const ROUTES: [(&str, &str, Handler); 10] = [
     ("GET", "/v1/sandbox", sandbox),
     ("POST", "/v1/pause", pause),
     ("POST", "/v1/resume", resume),
     ("POST", "/v1/stop", stop),
     ("POST", "/v1/snapshot", snapshot),
     ("POST", "/v1/branch", branch),
+    ("POST", "/v1/explore", explore),
     ("POST", "/v1/exec", exec),
     ("GET", "/v1/console", console),
     ("GET", "/v1/openapi.json", openapi),
@@ -275,6 +276,17 @@ fn branch(
 ) -> Result<Reply, ErrorBody> {
     refuse_while_stopping(control)?;
     json(&control.branch(body(request)?, stream)?)
+}
+
+fn explore(
+    control: &Control,
+    request: &Request,
+    stream: &mut UnixStream,
+) -> Result<Reply, ErrorBody> {
+    refuse_while_stopping(control)?;
+    control
+        .explore(&body(request)?, stream)
+        .map(|()| Reply::Sent)
 }
 
 fn exec(control: &Control, request: &Request, stream: &mut UnixStream) -> Result<Reply, ErrorBody> {

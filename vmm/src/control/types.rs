@@ -178,8 +178,12 @@ pub struct ChildView {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ExecBody {
-    /// The program and its arguments.
+    /// The program and its arguments; with `code`, what the code sees as its arguments.
     pub argv: Vec<String>,
+    /// Code to run instead of a program.
+    pub code: String,
+    /// What it is written in.
+    pub lang: CodeLanguage,
     /// Variables on top of the sandbox's own.
     pub env: BTreeMap<String, String>,
     /// The directory it starts in; empty for the sandbox's choice.
@@ -196,6 +200,82 @@ pub struct ExecBody {
     pub cpu_millis: u32,
     /// Processes and threads that they may be; 0 for no limit.
     pub processes: u32,
+}
+
+/// A language that code may be in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CodeLanguage {
+    /// Python. Where an interpreter stands ready, that runs it.
+    #[default]
+    Python,
+    /// POSIX shell.
+    Shell,
+}
+
+/// What to try, each in a child of its own.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ExploreBody {
+    /// The programs or pieces of code.
+    pub runs: Vec<ExecBody>,
+    /// How many run at once; 0 for as many as the host has processors.
+    pub parallel: u32,
+    /// Which child lives on.
+    pub keep: Keep,
+    /// What to call the children, as in [`BranchRequest`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// Which child lives on after all have run. The others end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Keep {
+    /// None.
+    #[default]
+    None,
+    /// The first whose program ends with status 0; what still runs is then given up.
+    FirstSuccess,
+    /// Of those whose programs end with status 0, the one whose last line of output is the greatest number; of several, the first of the list.
+    Score,
+    /// All.
+    All,
+}
+
+/// One line of the answer to [`ExploreBody`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExploreEvent {
+    /// The children are there.
+    Branched(BranchView),
+    /// One has run: they come as they end.
+    Result(ExploreResult),
+    /// Names of those that live on: the last line.
+    Kept(Vec<String>),
+}
+
+/// What one of the runs came to.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExploreResult {
+    /// Its place in the list, from 0.
+    pub index: usize,
+    /// Its child's name.
+    pub name: String,
+    /// How it ended; absent where it did not come to an end.
+    pub ended: Option<EndedView>,
+    /// Why it did not.
+    pub error: Option<ErrorBody>,
+    /// The beginning of its standard output, in Base64.
+    pub stdout: String,
+    /// The beginning of its standard error, in Base64.
+    pub stderr: String,
+    /// There was more output than is told.
+    pub truncated: bool,
+    /// Its score, where that was asked for and it has one.
+    pub score: Option<f64>,
+    /// Microseconds from when its child was asked until it had ended.
+    pub took_us: u64,
 }
 
 /// One line of the answer to [`ExecBody`].
