@@ -1,0 +1,34 @@
+//! Children of a real guest: each goes on from the moment it has in common with the others, by itself.
+
+#[path = "branch/children.rs"]
+mod children;
+#[path = "branch/explore.rs"]
+mod explore;
+#[path = "snapshot/guest.rs"]
+mod guest;
+
+use std::process::ExitCode;
+
+use tests::Needs::Guest;
+use tests::test;
+
+fn main() -> ExitCode {
+    tests::main(vec![
+        test("a_program_goes_on_in_every_child", Guest, children::go_on),
+        test("children_branch_in_turn", Guest, children::generations),
+        test("one_may_die_before_the_other", Guest, children::deaths),
+        test(
+            "there_are_all_children_or_none",
+            Guest,
+            children::all_or_none,
+        ),
+        test("a_child_becomes_a_snapshot", Guest, children::commit),
+        test("the_first_success_is_kept", Guest, explore::first_success),
+        test("the_best_score_is_kept", Guest, explore::score),
+        test(
+            "nothing_is_left_of_what_nobody_waits_for",
+            Guest,
+            explore::cut_short,
+        ),
+    ])
+}

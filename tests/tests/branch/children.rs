@@ -1,0 +1,217 @@
+//! `vmm branch`.
+
+use std::collections::HashSet;
+
+use libtest_mimic::Failed;
+use tests::sandboxes::{Host, is_alive, process_state, wait_for};
+
+use crate::guest::{python, read, remove, start, wait_for_growth, words, write};
+
+/// A program that counts, and draws a random number for each count.
+const COUNT: &str = "
+def count():
+    n = words('/tmp/count', 8)
+    while n[0] < 4000:
+        n[n[0] + 2] = int.from_bytes(os.urandom(8), 'little')
+        n[0] += 1
+        time.sleep(.1)
+go_on(count)
+";
+
+/// What a guest says of itself that no other may say.
+const IDENTITY: &str = "
+import random, uuid
+print(os.uname().nodename, uuid.uuid4(), random.getrandbits(64))
+if os.path.exists('/etc/machine-id'): print(open('/etc/machine-id').read())
+";
+
+/// The numbers that the program of [`COUNT`] has drawn.
+fn drawn(host: &Host, name: &str) -> Result<Vec<u64>, Failed> {
+    let bytes = read(host, name, "/tmp/count")?;
+    let words: Vec<_> = bytes
+        .chunks_exact(8)
+        .filter_map(|word| word.first_chunk().copied().map(u64::from_le_bytes))
+        .collect();
+    let count = usize::try_from(*words.first().ok_or("an empty file")?)?;
+    Ok(words.get(2..count + 2).ok_or("a short file")?.to_vec())
+}
+
+/// Parent and children have drawn the same numbers until one moment, and others from then on.
+pub fn go_on() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "one")?;
+    python(&host, "one", COUNT)?;
+    write(&host, "one", "/tmp/file", b"written before")?;
+    wait_for(|| Ok(words(&host, "one", "/tmp/count")?[0] > 2))?;
+    let before = drawn(&host, "one")?.len();
+    let names = host.ok(&["branch", "one", "kid", "-n", "3"])?;
+    names.expect_stdout("kid-1\nkid-2\nkid-3\n")?;
+    let all = ["one", "kid-1", "kid-2", "kid-3"];
+    let mut series = Vec::new();
+    for name in all {
+        wait_for_growth(&host, name, "/tmp/count", 2)?;
+        if read(&host, name, "/tmp/file")? != b"written before" {
+            return Err(format!("{name} has another file").into());
+        }
+        write(&host, name, "/tmp/file", name.as_bytes())?;
+        series.push(drawn(&host, name)?);
+    }
+    let common = |a: &[u64], b: &[u64]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    let (first, others) = series.split_first().ok_or("nobody")?;
+    let moments: HashSet<_> = others.iter().map(|other| common(first, other)).collect();
+    if moments.len() != 1 || moments.iter().any(|&moment| moment < before) {
+        return Err(format!("they parted at {moments:?}, not at one count from {before}").into());
+    }
+    let mut seen = HashSet::new();
+    for name in all {
+        if read(&host, name, "/tmp/file")? != name.as_bytes() {
+            return Err(format!("{name} has the file of another").into());
+        }
+        let said = python(&host, name, IDENTITY)?;
+        let words: Vec<_> = said.split_whitespace().collect();
+        // One that has booted has no machine id.
+        if name != "one" && (words.len() != 4 || words.first() != Some(&name)) {
+            return Err(format!("{name} says {said}").into());
+        }
+        if let Some(twice) = words.iter().find(|word| !seen.insert((**word).to_owned())) {
+            return Err(format!("{name} says {twice}, as another").into());
+        }
+    }
+    remove(&host, &all)?;
+    host.expect_ls(&[])
+}
+
+/// Each generation has the memory of those before it and its own.
+pub fn generations() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "g0")?;
+    for depth in 1..=4 {
+        let parent = format!("g{}", depth - 1);
+        write(&host, &parent, &format!("/tmp/{parent}"), parent.as_bytes())?;
+        host.ok(&["branch", &parent, &format!("g{depth}")])?;
+        // What the parent writes later is its own.
+        write(
+            &host,
+            &parent,
+            "/tmp/g0",
+            format!("late {depth}").as_bytes(),
+        )?;
+    }
+    for depth in 0..4 {
+        let file = read(&host, "g4", &format!("/tmp/g{depth}"))?;
+        let expected = match depth {
+            0 => "g0".to_owned(),
+            depth => format!("g{depth}"),
+        };
+        if file != expected.as_bytes() {
+            let file = file.escape_ascii();
+            return Err(format!("g4 has {file} in place of {expected}").into());
+        }
+    }
+    let tree = host.ok(&["ls", "--tree"])?.stdout;
+    for (line, depth) in tree.lines().skip(1).zip(0..) {
+        let expected = format!("{}g{depth} ", "  ".repeat(depth));
+        if !line.starts_with(&expected) {
+            return Err(format!("{expected:?} is not in its place:\n{tree}").into());
+        }
+    }
+    let branch = &host.inspect("g4")?["branch"];
+    let root = host.inspect("g0")?["id"].clone();
+    if branch["depth"] != 4 || branch["root"] != root || branch["parent_name"] != "g3" {
+        return Err(format!("g4 says that it comes from {branch}").into());
+    }
+    Ok(())
+}
+
+fn kill(pid: u64) -> Result<(), Failed> {
+    let pid = i32::try_from(pid)?;
+    let pid = rustix::process::Pid::from_raw(pid).ok_or("no process")?;
+    Ok(rustix::process::kill_process(
+        pid,
+        rustix::process::Signal::KILL,
+    )?)
+}
+
+/// Whoever of a family is killed, the others live; and nobody is left a zombie.
+pub fn deaths() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "one")?;
+    write(&host, "one", "/tmp/file", b"kept")?;
+    host.ok(&["branch", "one", "kid", "-n", "2"])?;
+    let pids = [host.pid("kid-1")?, host.pid("one")?];
+    kill(pids[0])?;
+    wait_for(|| Ok(process_state(pids[0]).is_none()))?;
+    for name in ["one", "kid-2"] {
+        python(&host, name, "assert open('/tmp/file').read() == 'kept'")?;
+    }
+    kill(pids[1])?;
+    wait_for(|| Ok(!is_alive(pids[1])))?;
+    write(&host, "kid-2", "/tmp/more", b"more")?;
+    host.ok(&["branch", "kid-2", "grandkid"])?;
+    if read(&host, "grandkid", "/tmp/file")? != b"kept" {
+        return Err("the grandchild has another file".into());
+    }
+    host.expect_ls(&[
+        ("one", "killed"),
+        ("kid-1", "killed"),
+        ("kid-2", "running"),
+        ("grandkid", "running"),
+    ])
+}
+
+/// A name that is taken leaves no children at all, and what makes no sense is told.
+pub fn all_or_none() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "one")?;
+    host.ok(&["branch", "one", "kid-2"])?;
+    host.refused(
+        &["branch", "one", "kid", "-n", "3"],
+        &["kid-2", "is running", "choose another"],
+    )?;
+    wait_for(|| Ok(host.ok(&["ls", "--quiet"])?.stdout == "one\nkid-2\n"))?;
+    host.refused(&["branch", "one", "-n", "0"], &["1 to 1000, not 0"])?;
+    host.refused(&["branch", "nobody"], &["no sandbox is called \"nobody\""])?;
+    host.refused(&["branch", "one", "a b"], &["cannot be a sandbox's name"])?;
+    let ttl = host.ok(&["branch", "one", "short", "--ttl", "3s"])?;
+    ttl.expect_stdout("short\n")?;
+    wait_for(|| Ok(host.inspect("short")?["state"] == "ended"))?;
+    host.ok(&["rm", "short"])?;
+    host.expect_ls(&[("one", "running"), ("kid-2", "running")])
+}
+
+/// A branch is saved like any sandbox, and comes back without those that it came from.
+pub fn commit() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "one")?;
+    write(&host, "one", "/tmp/a", b"a")?;
+    host.ok(&["snapshot", "one", "base"])?;
+    remove(&host, &["one"])?;
+    host.ok(&["restore", "base", "one"])?;
+    write(&host, "one", "/tmp/b", b"b")?;
+    host.ok(&["branch", "one", "kid"])?;
+    write(&host, "kid", "/tmp/c", b"c")?;
+    host.ok(&["snapshot", "kid", "difference"])?;
+    host.ok(&["snapshot", "kid", "full", "--full"])?;
+    remove(&host, &["one", "kid"])?;
+    let parent = host
+        .ok(&["snap", "inspect", "difference", "--json"])?
+        .stdout;
+    let base = host.ok(&["snap", "inspect", "base", "--json"])?.stdout;
+    let id = |text: &str, key: &str| -> Result<_, Failed> {
+        Ok(serde_json::from_str::<serde_json::Value>(text)?[key].clone())
+    };
+    if id(&parent, "parent")? != id(&base, "id")? {
+        return Err(format!("it does not rest on the base: {parent}").into());
+    }
+    for snapshot in ["difference", "full"] {
+        host.ok(&["snap", "verify", snapshot])?;
+        host.ok(&["restore", snapshot, "again"])?;
+        for (path, content) in [("/tmp/a", b"a"), ("/tmp/b", b"b"), ("/tmp/c", b"c")] {
+            if read(&host, "again", path)? != content {
+                return Err(format!("{snapshot}: {path} is another file").into());
+            }
+        }
+        remove(&host, &["again"])?;
+    }
+    Ok(())
+}
