@@ -193,10 +193,8 @@ pub fn commit() -> Result<(), Failed> {
     host.ok(&["snapshot", "kid", "difference"])?;
     host.ok(&["snapshot", "kid", "full", "--full"])?;
     remove(&host, &["one", "kid"])?;
-    let parent = host
-        .ok(&["snap", "inspect", "difference", "--json"])?
-        .stdout;
-    let base = host.ok(&["snap", "inspect", "base", "--json"])?.stdout;
+    let parent = host.ok(&["snap", "inspect", "difference"])?.stdout;
+    let base = host.ok(&["snap", "inspect", "base"])?.stdout;
     let id = |text: &str, key: &str| -> Result<_, Failed> {
         Ok(serde_json::from_str::<serde_json::Value>(text)?[key].clone())
     };
