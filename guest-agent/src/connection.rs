@@ -2,9 +2,11 @@
 //!
 //! Invariants: nothing is served before the client's Hello; a connection that breaks
 //! the protocol gets one Error and no more requests are read from it; a connection that
-//! has failed or is gone has killed all its programs.
+//! has failed, or whose client is gone, has killed all its programs. One that was lost, as the guest
+//! goes on from a snapshot without it, has no socket any more and stays until its programs are over.
 
 mod code;
+mod end;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -42,6 +44,8 @@ pub struct Context<'a> {
     pub is_init: bool,
     /// Set when a client has asked to end the guest.
     pub shutdown: &'a mut Option<Shutdown>,
+    /// Set when a client has said that the guest goes on from a snapshot.
+    pub is_restored: &'a mut bool,
     /// Makes the control groups of programs.
     pub cgroups: &'a mut Cgroups,
     /// What a restored guest's random numbers start anew with.
@@ -52,7 +56,8 @@ pub struct Context<'a> {
 
 /// A client's connection.
 pub struct Connection {
-    socket: OwnedFd,
+    /// `None` once there is no client any more.
+    socket: Option<OwnedFd>,
     frames: FrameBuffer,
     output: Output,
     programs: Vec<Program>,
@@ -75,7 +80,7 @@ enum State {
     Open { output_window: u32 },
     /// The last Error is on its way out; nothing more is read.
     Failed,
-    /// The client is gone.
+    /// The client is gone, or lost.
     Gone,
 }
 
@@ -85,7 +90,7 @@ impl Connection {
         let mut output = Output::default();
         output.push(0, Kind::Hello(hello));
         Self {
-            socket,
+            socket: Some(socket),
             frames: FrameBuffer::default(),
             output,
             programs: Vec::new(),
@@ -105,15 +110,9 @@ impl Connection {
         }
     }
 
-    /// Whether this was the connection to the host, which has ended without a breach of the protocol. Who has hung up
-    /// without an answer does not want another.
-    pub fn is_lost_link(&self) -> bool {
-        self.is_link && self.is_greeted && matches!(self.state, State::Gone)
-    }
-
-    /// The socket.
-    pub fn socket(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+    /// The socket, as long as there is a client.
+    pub fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.socket.as_ref().map(AsFd::as_fd)
     }
 
     /// The programs that run, in no particular order.
@@ -139,22 +138,21 @@ impl Connection {
     /// Whether the connection can be dropped.
     pub fn is_over(&self) -> bool {
         match self.state {
-            State::Gone => true,
+            State::Gone => self.programs.is_empty(),
             State::Failed => self.output.is_empty(),
             State::Greeting | State::Open { .. } => false,
         }
     }
 
-    /// The client hung up.
-    pub fn hung_up(&mut self) {
-        self.end_programs();
-        self.state = State::Gone;
-    }
-
-    /// Sends what can be sent now.
+    /// Sends what can be sent now. Without a client, what there is to say is forgotten.
     pub fn flush(&mut self) {
-        if self.output.flush(&self.socket).is_err() {
-            self.hung_up();
+        match &self.socket {
+            None => self.output.clear(),
+            Some(socket) => {
+                if let Err(errno) = self.output.flush(socket) {
+                    self.broken(Some(errno));
+                }
+            }
         }
     }
 
@@ -163,13 +161,15 @@ impl Connection {
         // More than one message's worth: each turn of the loop costs as much as many bytes.
         let room = context.scratch.len().min(2 * MAX_DATA);
         let room = context.scratch.get_mut(..room).unwrap_or_default();
-        match rustix::io::read(&self.socket, room) {
-            Ok(count) if count > 0 => {
+        let Some(socket) = &self.socket else { return };
+        match rustix::io::read(socket, room) {
+            Ok(0) => return self.hung_up(),
+            Ok(count) => {
                 let bytes = context.scratch.get(..count).unwrap_or_default();
                 self.frames.input().extend_from_slice(bytes);
             }
             Err(Errno::AGAIN | Errno::INTR) => return,
-            Ok(_) | Err(_) => return self.hung_up(),
+            Err(errno) => return self.broken(Some(errno)),
         }
         while matches!(self.state, State::Greeting | State::Open { .. }) {
             let result = match self.frames.next_message() {
@@ -187,21 +187,6 @@ impl Connection {
                 self.fail(failure);
             }
         }
-    }
-
-    /// Ends the connection for a breach of the protocol.
-    pub fn fail(&mut self, failure: Failure) {
-        self.end_programs();
-        self.output.push(0, Kind::Error(failure.into()));
-        self.state = State::Failed;
-    }
-
-    fn end_programs(&mut self) {
-        for mut program in self.programs.drain(..) {
-            program.kill();
-            self.remains.extend(program.cgroup.take());
-        }
-        self.warming.clear();
     }
 
     /// The control groups of programs that are over since this was last asked.
@@ -446,6 +431,7 @@ impl Connection {
             ));
         }
         restored::restored(restored, context.random)?;
+        *context.is_restored = true;
         self.output.push(id, Kind::Done(Done {}));
         Ok(())
     }

@@ -43,6 +43,12 @@ impl Output {
         self.bytes.len() - self.sent >= HIGH_WATER
     }
 
+    /// Forgets all of it.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.sent = 0;
+    }
+
     /// Sends what the socket takes now.
     ///
     /// # Errors
@@ -64,8 +70,7 @@ impl Output {
                 Err(errno) => return Err(errno),
             }
         }
-        self.bytes.clear();
-        self.sent = 0;
+        self.clear();
         Ok(())
     }
 }

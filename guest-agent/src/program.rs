@@ -225,6 +225,17 @@ impl Program {
         helper
     }
 
+    /// Whether it is a helper, which is of no use without its client.
+    pub fn is_helper(&self) -> bool {
+        matches!(self.role, Role::Helper { .. })
+    }
+
+    /// Its client is lost: it goes on, its output is thrown away, and its input stays open without more to come.
+    pub fn orphan(&mut self) {
+        self.stdout.discard();
+        self.stderr.discard();
+    }
+
     /// Ends it at this moment.
     pub fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.deadline = deadline;

@@ -25,7 +25,7 @@ use crate::warm::{Warm, Which};
 use crate::{power, sys};
 
 /// The most clients at once; more wait in the listener's queue.
-const MAX_CONNECTIONS: usize = 256;
+const MAX_CLIENTS: usize = 256;
 
 /// Four times what is ever used: an allocation that the fresh heap cannot hold is a mapping of its own,
 /// whose pages cost nothing until they are touched; a smaller one is cleared, page by page.
@@ -201,14 +201,19 @@ impl Server {
         }
         tokens.push(Token::Signals);
         fds.push(PollFd::from_borrowed_fd(self.signals.fd(), input));
+        let mut clients = 0;
         for (index, connection) in self.connections.iter().enumerate() {
+            let Some(socket) = connection.socket() else {
+                continue;
+            };
+            clients += 1;
             let mut flags = PollFlags::empty();
             flags.set(input, connection.wants_requests());
             flags.set(PollFlags::OUT, connection.wants_to_send());
             tokens.push(Token::Client(index));
-            fds.push(PollFd::from_borrowed_fd(connection.socket(), flags));
+            fds.push(PollFd::from_borrowed_fd(socket, flags));
         }
-        if self.connections.len() < MAX_CONNECTIONS {
+        if clients < MAX_CLIENTS {
             for (index, listener) in self.listeners.iter().enumerate() {
                 tokens.push(Token::Listener(index));
                 fds.push(PollFd::new(listener, input));
@@ -231,6 +236,7 @@ impl Server {
     }
 
     fn turn(&mut self, ready: &[(Token, PollFlags)]) {
+        let mut is_restored = false;
         for &(token, flags) in ready {
             match token {
                 Token::Pipe(index, request_id, stream) => {
@@ -245,8 +251,16 @@ impl Server {
                 }
                 Token::Warm(which) => self.warm.hear(which, &mut self.cgroups),
                 Token::Signals => self.take_signals(),
-                Token::Client(index) => self.serve(index, flags),
-                Token::Listener(index) => self.accept(index),
+                Token::Client(index) => is_restored |= self.serve(index, flags),
+                // Who waits there since before the snapshot is lost like the others.
+                Token::Listener(index) if is_restored => while self.accept(index).is_some() {},
+                Token::Listener(index) => {
+                    // One per turn; the rest makes the listener ready again.
+                    if let Some(socket) = self.accept(index) {
+                        let connection = Connection::new(socket, self.hello());
+                        self.connections.push(connection);
+                    }
+                }
             }
         }
         let now = self.has_deadlines().then(Instant::now);
@@ -262,13 +276,15 @@ impl Server {
             self.remains.extend(connection.take_remains());
         }
         let is_idle = !self.connections.iter().any(|connection| {
+            // Nobody waits for the programs of one that was lost, and they may run for ever.
             let mut programs = connection.programs().iter();
-            programs.any(Program::is_warm)
+            connection.socket().is_some() && programs.any(Program::is_warm)
         });
         self.warm.tend(is_idle);
         self.remains.extend(self.warm.take_remains());
         self.remains.retain(|cgroup| !cgroup.remove());
-        let is_lost = self.connections.iter().any(Connection::is_lost_link);
+        let mut connections = self.connections.iter_mut();
+        let is_lost = connections.any(Connection::take_lost_link);
         self.connections.retain(|connection| !connection.is_over());
         if let Some(dial) = self.dial.take_if(|_| is_lost) {
             // Where nobody listens any more, the agent carries on without.
@@ -302,9 +318,11 @@ impl Server {
         }
     }
 
-    fn serve(&mut self, index: usize, flags: PollFlags) {
+    /// Serves a client; says whether it was told that the guest goes on from a snapshot. Then only that client is left.
+    fn serve(&mut self, index: usize, flags: PollFlags) -> bool {
+        let mut is_restored = false;
         let Some(connection) = self.connections.get_mut(index) else {
-            return;
+            return false;
         };
         if flags.contains(PollFlags::IN) && connection.wants_requests() {
             connection.receive(&mut Context {
@@ -312,25 +330,28 @@ impl Server {
                 source_files: &mut self.source_files,
                 is_init: self.is_init,
                 shutdown: &mut self.shutdown,
+                is_restored: &mut is_restored,
                 cgroups: &mut self.cgroups,
                 random: &mut self.random,
                 warm: &mut self.warm,
             });
         } else if flags.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
-            connection.hung_up();
+            connection.broken(None);
         }
+        if is_restored {
+            for (other, connection) in self.connections.iter_mut().enumerate() {
+                if other != index {
+                    connection.lose();
+                }
+            }
+        }
+        is_restored
     }
 
-    fn accept(&mut self, index: usize) {
-        let Some(listener) = self.listeners.get(index) else {
-            return;
-        };
-        // One per turn; the rest makes the listener ready again. A client that left while it
-        // waited is no loss.
+    /// A client that waits at a listener. One that left while it waited is no loss.
+    fn accept(&self, index: usize) -> Option<OwnedFd> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        if let Ok(socket) = accept_with(listener, flags) {
-            self.connections.push(Connection::new(socket, self.hello()));
-        }
+        accept_with(self.listeners.get(index)?, flags).ok()
     }
 }
 

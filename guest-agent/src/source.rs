@@ -1,4 +1,5 @@
-//! An output pipe of a program, or its terminal, with the credit that the client has given.
+//! An output pipe of a program, or its terminal, with the credit that the client has given. Without a client it is read all
+//! the same, so that its program goes on.
 
 use std::os::fd::OwnedFd;
 
@@ -12,8 +13,8 @@ const TERMINAL_HOLDS: u64 = 256 * 1024;
 pub struct Source {
     /// `None` once it is drained.
     pipe: Option<OwnedFd>,
-    /// How many bytes the client is ready for.
-    credit: u32,
+    /// How many bytes the client is ready for; `None` if nobody hears of them, and they are thrown away.
+    credit: Option<u32>,
     /// How many bytes are left to read, once the process has ended.
     left: Option<u64>,
     is_terminal: bool,
@@ -26,7 +27,7 @@ impl Source {
     pub fn new(pipe: Option<OwnedFd>, credit: u32, is_terminal: bool) -> Self {
         Self {
             pipe,
-            credit,
+            credit: Some(credit),
             left: None,
             is_terminal,
             draining: false,
@@ -40,12 +41,17 @@ impl Source {
 
     /// The pipe, if there is credit to read from it.
     pub fn waiting(&self) -> Option<&OwnedFd> {
-        self.pipe.as_ref().filter(|_| self.credit > 0)
+        self.pipe.as_ref().filter(|_| self.credit != Some(0))
     }
 
     /// The client is ready for more.
     pub fn add_credit(&mut self, bytes: u32) {
-        self.credit = self.credit.saturating_add(bytes);
+        self.credit = self.credit.map(|credit| credit.saturating_add(bytes));
+    }
+
+    /// From now on nobody hears of it.
+    pub fn discard(&mut self) {
+        self.credit = None;
     }
 
     /// Whether it is to be read without waiting for it to become ready.
@@ -53,10 +59,10 @@ impl Source {
         self.draining && self.waiting().is_some()
     }
 
-    /// Reads once, as much as there is credit for.
+    /// Reads once, as much as there is credit for. Nothing is sent where nobody hears of it.
     pub fn pump(&mut self, scratch: &mut [u8], send: impl FnOnce(Vec<u8>)) {
         let Some(pipe) = &self.pipe else { return };
-        let limit = u64::from(self.credit)
+        let limit = u64::from(self.credit.unwrap_or(u32::MAX))
             .min(self.left.unwrap_or(u64::MAX))
             .min(MAX_DATA as u64);
         let limit = usize::try_from(limit).unwrap_or(0).min(scratch.len());
@@ -78,12 +84,14 @@ impl Source {
             self.pipe = None;
             return;
         }
-        // At most MAX_DATA, so neither subtraction can wrap nor the conversion fail.
-        self.credit -= u32::try_from(data.len()).unwrap_or(self.credit);
         if let Some(left) = &mut self.left {
             *left = left.saturating_sub(data.len() as u64);
         }
-        send(data.to_vec());
+        if let Some(credit) = &mut self.credit {
+            // At most MAX_DATA, so neither the subtraction can wrap nor the conversion fail.
+            *credit -= u32::try_from(data.len()).unwrap_or(*credit);
+            send(data.to_vec());
+        }
         self.close_if_drained();
     }
 

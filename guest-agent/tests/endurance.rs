@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::{TestAgent, exec, shell, wait_for};
 use guest_agent::proto::{
-    Exec, Ping, StdinData, Stream, exited::Status, from_agent::Kind, to_agent::Kind as Ask,
+    Exec, Hello, Ping, StdinData, Stream, exited::Status, from_agent::Kind, to_agent::Kind as Ask,
 };
 
 #[test]
@@ -179,15 +179,15 @@ fn a_thousand_clients_that_come_and_go_leave_nothing() {
             1 => client.send_raw(&[9, 0]),
             2 => client.send_raw(&[0xff; 4]),
             _ => {
-                client.send(
-                    0,
-                    Ask::Hello(guest_agent::proto::Hello {
-                        min_version: 1,
-                        max_version: 1,
-                        ..Default::default()
-                    }),
-                );
+                client.shake_hands(Hello {
+                    min_version: 1,
+                    max_version: 1,
+                    ..Hello::default()
+                });
                 client.send(1, Ask::Exec(exec(["sleep", "1000"])));
+                // Something unread would make it a connection that was lost.
+                let started = client.receive().unwrap().kind;
+                assert!(matches!(started, Some(Kind::Started(_))));
             }
         }
     }

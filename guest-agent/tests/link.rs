@@ -119,6 +119,24 @@ fn a_lost_connection_is_made_anew_and_its_programs_are_killed() {
 }
 
 #[test]
+fn a_connection_lost_by_a_reset_is_made_anew_and_its_programs_run_on() {
+    let host = Host::new();
+    let count = || std::fs::read_to_string(host.path().join("count")).unwrap_or_default();
+    let mut client = host.accept();
+    greet(&mut client);
+    let line = "while sleep 0.02; do n=$((n + 1)); echo $n >count; done";
+    client.send(1, Ask::Exec(shell(line)));
+    wait_for("the program", || !count().is_empty());
+    client.lose();
+    let mut client = host.accept();
+    greet(&mut client);
+    let before = count();
+    wait_for("the program to go on", || count() != before);
+    assert!(host.is_left_alone(), "the agent calls again and again");
+    assert_eq!(client.run(shell("echo on")).stdout(), "on\n");
+}
+
+#[test]
 fn a_host_that_hangs_up_at_once_is_not_called_again() {
     let host = Host::new();
     drop(host.accept());

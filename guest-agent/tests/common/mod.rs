@@ -6,15 +6,16 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use guest_agent::frame::{self, FrameBuffer};
 use guest_agent::proto::{
-    Credit, EnvVar, Error, Exec, FromAgent, Hello, Stream, ToAgent, exited::Status,
+    Credit, EnvVar, Error, Exec, FromAgent, Hello, Ping, Stream, ToAgent, exited::Status,
     from_agent::Kind, to_agent::Kind as Ask,
 };
+use rustix::net::{RecvFlags, recv};
 use tempfile::TempDir;
 
 /// Nothing here takes longer, unless it hangs.
@@ -45,6 +46,11 @@ impl TestAgent {
 
     pub fn socket(&self) -> PathBuf {
         self.directory.path().join("agent")
+    }
+
+    /// Where its programs run.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
     }
 
     pub fn pid(&self) -> u32 {
@@ -157,6 +163,13 @@ impl Client {
         };
         self.send(0, Ask::Hello(hello));
         theirs
+    }
+
+    /// Ends it so that the agent's socket fails by `ECONNRESET`, as all do in a guest that goes on without its connections.
+    /// Between Unix sockets that is what becomes of one whose peer has left something unread.
+    pub fn lose(mut self) {
+        self.send(u32::MAX, Ask::Ping(Ping {}));
+        recv(&self.stream, &mut [0; 1][..], RecvFlags::PEEK).unwrap();
     }
 
     pub fn send(&mut self, request_id: u32, kind: Ask) {

@@ -1,11 +1,12 @@
-//! What the agent does for a guest that goes on from a snapshot.
+//! What the agent does for a guest that goes on from a snapshot. Here it is a guest of its own, which loses its connections by that.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use libtest_mimic::Failed;
-use vmm::agent::{AgentError, RestoredRequest};
+use tests::sandboxes::Host;
+use vmm::agent::{AGENT_PORT, Agent, AgentError, ExecRequest, RestoredRequest};
 
-use crate::guest::{ask, connect, expect};
+use crate::guest::{ask, expect, renew_patience, shell, wait_until};
 
 fn since_1970(time: SystemTime) -> Result<u64, Failed> {
     let nanos = time.duration_since(UNIX_EPOCH)?.as_nanos();
@@ -13,7 +14,22 @@ fn since_1970(time: SystemTime) -> Result<u64, Failed> {
 }
 
 pub fn identity() -> Result<(), Failed> {
-    let agent = connect()?;
+    let host = Host::new()?;
+    host.ok(&["start", "one"])?;
+    let socket = host.dir("one")?.join("vsock.sock");
+    let agent = Agent::connect(&socket, AGENT_PORT, None)?;
+    renew_patience(&agent);
+
+    // Another client's program, which goes on when it is told to.
+    let other = Agent::connect(&socket, AGENT_PORT, None)?;
+    renew_patience(&other);
+    ask(&agent, "mkfifo /run/go")?;
+    let mut program = other.start(ExecRequest {
+        user: "root".into(),
+        ..shell("read line </run/go; echo heard; echo $line >/run/heard")
+    })?;
+    let pid = program.pid()?;
+
     let later = SystemTime::now() + Duration::from_secs(1_000_000);
     let request = RestoredRequest {
         entropy: (0..64).collect(),
@@ -22,6 +38,16 @@ pub fn identity() -> Result<(), Failed> {
         hostname: "copy-7".into(),
     };
     agent.restored(request.clone())?;
+    let lost = other.ping();
+    expect(matches!(lost, Err(AgentError::Disconnected)), lost)?;
+    ask(&agent, &format!("kill -0 {pid}; echo word >/run/go"))?;
+    wait_until(Instant::now(), || {
+        Ok(ask(&agent, "cat /run/heard || true")? == "word\n")
+    })?;
+    // Nothing is left of it but what it did; the other group is that of the one who asks.
+    let look = format!("ls -d /sys/fs/cgroup/exec-* | wc -l; [ -d /proc/{pid} ] || echo reaped");
+    wait_until(Instant::now(), || Ok(ask(&agent, &look)? == "1\nreaped\n"))?;
+
     let told = ask(&agent, "cat /etc/machine-id; hostname; date +%s")?;
     let mut lines = told.lines();
     expect(lines.next() == Some(&request.machine_id), &told)?;
