@@ -101,7 +101,7 @@ pub struct VsockState {
     pub next_host_port: u32,
     /// The connection that goes on. Without it the guest is told by one event to drop all that it has.
     pub kept: Option<VsockConnectionState>,
-    /// Beside a kept connection: those that end, with a packet each.
+    /// Beside a kept connection: those that end, with a packet each, once the guest has said something on the kept one.
     pub ended: Vec<VsockPorts>,
 }
 

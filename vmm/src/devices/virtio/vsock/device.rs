@@ -140,12 +140,13 @@ fn move_packets(
     let (memory, signal) = (&*active.memory, &*active.signal);
     let queues = &mut active.queues;
     announce_reset(&mut queues[EVENT], memory, interrupt, reset)?;
-    if *reset == Reset::Over {
-        muxer.accept_from_host(signal);
-    }
     let sent = transmit(&mut queues[TX], memory, signal, interrupt, muxer)?;
     let held_up = !muxer.can_take();
     let received = receive(&mut queues[RX], memory, interrupt, muxer)?;
+    // Last, for what was said may be what they wait for.
+    if *reset == Reset::Over {
+        muxer.accept_from_host(signal);
+    }
     // The replies that made the guest's packets wait may be gone now.
     if sent == Served::More || held_up && muxer.can_take() {
         notify_all(&events[TX..=TX]);

@@ -15,6 +15,7 @@
 mod connection;
 mod device;
 mod handshake;
+mod held;
 mod listener;
 mod muxer;
 mod packet;

@@ -18,6 +18,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::connection::{Connection, Key, write_front};
 use super::handshake::{Handshake, Progress};
+use super::held::Held;
 use super::listener::Listener;
 use super::packet::{HOST_CID, Header, TYPE_STREAM, op};
 use crate::devices::virtio::GuestSlice;
@@ -31,6 +32,8 @@ pub(super) const MAX_HANDSHAKES: usize = 64;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most replies to packets without a connection; then the guest's packets wait.
 pub(super) const MAX_REPLIES: usize = 64;
+/// Most connections that a restored guest is told to be no more, each by a reset.
+pub(super) const MAX_ENDED: usize = MAX_CONNECTIONS + MAX_REPLIES;
 /// Bytes that a connection takes from the guest ahead of its socket. A guest hears of used credit by an
 /// interrupt per half of it, so the usual few connections get more than a crowd does.
 pub(super) const BUFFER_SIZE: u32 = 256 * 1024;
@@ -67,6 +70,8 @@ pub(super) struct Muxer {
     /// Connections with something to tell the guest, each once, the longest waiting first.
     line: VecDeque<Key>,
     replies: VecDeque<Header>,
+    /// In a restored guest, until it has spoken.
+    held: Option<Held>,
     /// Whether clients may wait at the listener.
     clients_wait: bool,
 }
@@ -87,6 +92,7 @@ impl Muxer {
             rests: HashMap::new(),
             line: VecDeque::new(),
             replies: VecDeque::new(),
+            held: None,
             clients_wait: false,
         };
         this.watch(this.listener.as_raw_fd(), LISTENER)?;
@@ -112,34 +118,35 @@ impl Muxer {
             host: reply.src_port,
             guest: reply.dst_port,
         });
-        let ended = connected.chain(refused);
+        let held = self.held.iter().flat_map(Held::ended).copied();
+        let ended = connected.chain(refused).chain(held);
         (
             kept,
             ended.filter(|&ports| Some(ports) != kept_ports).collect(),
         )
     }
 
-    /// Goes on with a connection that was saved; returns the host's end of it.
-    pub fn restore(&mut self, kept: &VsockConnectionState) -> io::Result<UnixStream> {
+    /// Goes on with a connection that was saved; returns the host's end of it. Until the guest has said something on it, or it
+    /// ends, the resets of those that `ended` are held back, and new clients wait.
+    pub fn restore(
+        &mut self,
+        kept: &VsockConnectionState,
+        ended: &[VsockPorts],
+    ) -> io::Result<UnixStream> {
         let (stream, host) = UnixStream::pair()?;
         stream.set_nonblocking(true)?;
         let id = self.new_id();
         self.watch(stream.as_raw_fd(), id)?;
         self.add(Connection::restored(id, stream, self.guest_cid, kept));
+        self.held = Some(Held::new(kept.ports.into(), ended));
         Ok(host)
     }
 
-    /// Tells the guest that a connection which it may have is no more.
-    pub fn refuse(&mut self, ports: VsockPorts) {
-        self.replies.push_back(Header {
-            src_cid: HOST_CID,
-            dst_cid: self.guest_cid,
-            src_port: ports.host,
-            dst_port: ports.guest,
-            kind: TYPE_STREAM,
-            op: op::RST,
-            ..Header::default()
-        });
+    /// Lets go of the resets that waited for the connection `kept`.
+    fn release(&mut self, kept: Key) {
+        if let Some(held) = self.held.take_if(|held| held.kept == kept) {
+            self.replies.extend(held.resets(self.guest_cid));
+        }
     }
 
     /// Forgets every connection; the clients see theirs closed. Bytes that the guest has sent still go
@@ -168,12 +175,18 @@ impl Muxer {
         let known = header.src_cid == self.guest_cid
             && header.dst_cid == HOST_CID
             && header.kind == TYPE_STREAM;
+        let held = self.held.as_mut();
         if let Some(connection) = self.connections.get_mut(&key).filter(|_| known) {
             if !connection.take(header, payload) {
                 self.remove(key);
             } else {
                 self.enqueue(key);
+                if header.op == op::RW && header.len > 0 {
+                    self.release(key);
+                }
             }
+        } else if known && held.is_some_and(|held| held.silences(key, header.op)) {
+            // It has yet to learn that this one is no more.
         } else if known && header.op == op::REQUEST {
             self.accept_from_guest(key, header, signal);
         } else if header.op != op::RST {
@@ -271,7 +284,12 @@ impl Muxer {
 
     /// Takes clients from the listening socket as far as there is room.
     pub fn accept_from_host(&mut self, signal: &Signal) {
-        while self.clients_wait && self.handshakes.len() < MAX_HANDSHAKES && !self.is_full() {
+        // The guest may take a client that comes too early for one of those that are no more.
+        while self.clients_wait
+            && self.held.is_none()
+            && self.handshakes.len() < MAX_HANDSHAKES
+            && !self.is_full()
+        {
             let stream = match self.listener.accept() {
                 Ok(Some(stream)) => stream,
                 Ok(None) => {
@@ -340,6 +358,7 @@ impl Muxer {
         if let Some((stream, buffer)) = connection.into_rest() {
             self.rests.insert(id, Rest { stream, buffer });
         }
+        self.release(key);
     }
 
     fn enqueue(&mut self, key: Key) {

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use snapshot_fmt::state::virtio::{VsockPorts, VsockState};
 
-use super::muxer::{BUFFER_SIZE, MAX_CONNECTIONS, MAX_REPLIES};
+use super::muxer::{BUFFER_SIZE, MAX_ENDED};
 use super::packet::op;
-use super::testing::{CID, Guest, LINK, config, read_some};
+use super::testing::{CID, Guest, LINK, Packet, config, read_some};
 use super::{Vsock, VsockConfig, VsockError};
 use crate::devices::virtio::testing::{BUFFERS, FakeDriver, WRITE};
 
@@ -153,44 +153,154 @@ fn our_credit_holds_on() {
     assert_eq!(told, Some((3, op::CREDIT_UPDATE, 180_005)));
 }
 
-#[test]
-fn other_connections_end_one_by_one() {
-    let (mut old, _server) = linked();
+/// A linked guest with three more connections: of a client, to a server, and of a client that waits for the guest's answer.
+fn busy() -> (Guest, [(u32, u32); 3], Vec<UnixStream>) {
+    let (mut old, server) = linked();
     old.fwd_cnt = 0;
-    let (first, mut first_client) = old.connected_from_host(1);
+    let (first, client) = old.connected_from_host(1);
     let second = (9000, 5);
-    let _second_server = old.connected_from_guest(second);
-    // One that waits for the guest's answer, too.
-    let _asking = old.client(3);
+    let other_server = old.connected_from_guest(second);
+    let asking = old.client(3);
     let third = old.receive_one().header;
     let third = (third.src_port, third.dst_port);
+    let streams = vec![client, server, other_server, asking];
+    (old, [first, second, third], streams)
+}
 
+/// The ports of the resets that came, and nothing else did.
+fn resets(guest: &mut Guest) -> Vec<(u32, u32)> {
+    let packets = guest.receive();
+    let are_resets = packets.iter().all(|p| p.header.op == op::RST);
+    assert!(are_resets, "{packets:?}");
+    let ports = |p: &Packet| (p.header.src_port, p.header.dst_port);
+    let mut ends: Vec<_> = packets.iter().map(ports).collect();
+    ends.sort_unstable();
+    ends
+}
+
+fn sorted<const N: usize>(mut ports: [(u32, u32); N]) -> [(u32, u32); N] {
+    ports.sort_unstable();
+    ports
+}
+
+#[test]
+fn other_connections_end_one_by_one_once_the_guest_has_spoken() {
+    let (mut old, ports, mut streams) = busy();
+    let [first, second, third] = ports;
     let (mut guest, host) = restored(&old);
     let mut host = host.unwrap();
+    let _client = guest.client(1);
+    // What it says of them before it knows is neither heard nor answered; nor is credit what is waited for.
+    guest.send(op::RW, first, b"late");
+    guest.send(op::CREDIT_REQUEST, second, &[]);
+    guest.send(op::RESPONSE, third, &[]);
+    guest.send(op::CREDIT_UPDATE, PORTS, &[]);
+    guest.send(op::RW, PORTS, &[]);
+    assert_eq!(guest.receive().len(), 0);
+    assert_eq!(guest.counts(), (1, 0, 0), "no client is taken");
+
+    host.write_all(b"you are restored").unwrap();
+    assert_eq!(guest.receive_one().data, b"you are restored");
+    guest.send(op::RW, PORTS, b"done");
     let packets = guest.receive();
-    assert!(
-        packets.iter().all(|p| p.header.op == op::RST),
-        "{packets:?}"
-    );
-    let mut ends: Vec<_> = packets
+    let (resets, others): (Vec<_>, Vec<_>) = packets.iter().partition(|p| p.header.op == op::RST);
+    let mut ends: Vec<_> = resets
         .iter()
         .map(|p| (p.header.src_port, p.header.dst_port))
         .collect();
     ends.sort_unstable();
-    let mut want = [first, second, third];
-    want.sort_unstable();
-    assert_eq!(ends, want);
+    assert_eq!(ends, sorted(ports));
+    assert_eq!(read_some(&mut host), b"done");
+    // The client's turn has come.
+    assert!(matches!(others[..], [p] if p.header.op == op::REQUEST && p.header.dst_port == 1));
     assert_eq!(guest.driver.used(2), []);
-    // What the guest says of them before it knows is refused, and what it says to the agent's end is heard.
+    // From now on they are like any connection that is not there.
     guest.send(op::RW, first, b"late");
-    guest.send(op::RESPONSE, third, &[]);
-    let packets = guest.receive();
-    assert!(packets.iter().all(|p| p.header.op == op::RST) && packets.len() == 2);
-    guest.send(op::RW, PORTS, b"here");
-    assert_eq!(read_some(&mut host), b"here");
+    assert_eq!(guest.receive_one().header.op, op::RST);
     // The guest that was saved goes on with all of them.
     old.send(op::RW, first, b"still");
-    assert_eq!(read_some(&mut first_client), b"still");
+    assert_eq!(read_some(&mut streams[0]), b"still");
+}
+
+#[test]
+fn a_guest_that_is_done_with_a_connection_is_answered_at_once() {
+    let (old, ports, _streams) = busy();
+    let [first, second, third] = ports;
+    let (mut guest, host) = restored(&old);
+    let mut host = host.unwrap();
+    guest.shut_down(first, super::packet::SHUTDOWN_BOTH);
+    assert_eq!(resets(&mut guest), [first]);
+    guest.send(op::RST, third, &[]);
+    assert_eq!(resets(&mut guest), []);
+    // The port is the guest's to use again.
+    let mut server = guest.connected_from_guest(second);
+    guest.send(op::RW, PORTS, b"done");
+    assert_eq!(resets(&mut guest), []);
+    assert_eq!(read_some(&mut host), b"done");
+    guest.send(op::RW, second, b"new");
+    assert_eq!(read_some(&mut server), b"new");
+}
+
+#[test]
+fn the_end_of_the_kept_connection_lets_go_of_the_others() {
+    // By the guest, at once.
+    let (old, ports, _streams) = busy();
+    let (mut guest, _host) = restored(&old);
+    guest.send(op::RST, PORTS, &[]);
+    assert_eq!(resets(&mut guest), sorted(ports));
+    // By the guest, in order.
+    let (old, [a, b, c], _streams) = busy();
+    let (mut guest, _host) = restored(&old);
+    guest.shut_down(PORTS, super::packet::SHUTDOWN_BOTH);
+    assert_eq!(resets(&mut guest), sorted([a, b, c, PORTS]));
+    // By the host, whom the guest never answers.
+    let (old, [a, b, c], _streams) = busy();
+    let (mut guest, host) = restored(&old);
+    drop(host);
+    assert_eq!(guest.receive_one().header.op, op::SHUTDOWN);
+    guest.expire();
+    assert_eq!(resets(&mut guest), sorted([a, b, c, PORTS]));
+}
+
+#[test]
+fn what_is_held_back_is_saved_again() {
+    let (old, ports, _streams) = busy();
+    let (guest, _host) = restored(&old);
+    let (guest, _second_host) = restored(&guest);
+    let (mut guest, host) = restored(&guest);
+    assert_eq!(resets(&mut guest), []);
+    guest.send(op::RW, PORTS, b"done");
+    assert_eq!(resets(&mut guest), sorted(ports));
+    drop(host);
+}
+
+#[test]
+fn a_guest_with_too_many_ends_hears_of_all_by_one_event() {
+    let (old, _server) = linked();
+    let mut state = old.driver.device.lock().unwrap().save();
+    let port = |guest| VsockPorts { host: 9, guest };
+    state.ended = (0..).map(port).take(MAX_ENDED).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let (vsock, _host) = Vsock::restore(config(&dir), &state).unwrap();
+    assert_eq!(vsock.save(), state);
+    let driver = FakeDriver::restored(vsock, &old.driver, &old.driver.transport.save());
+    let mut guest = Guest {
+        driver,
+        dir,
+        ..Guest::without_buffers()
+    };
+    let _server = guest.connected_from_guest((9000, 5));
+    assert_all_end(guest, "one more than can be listed");
+}
+
+#[test]
+fn a_driver_that_starts_anew_hears_nothing_of_what_was() {
+    let (old, ..) = busy();
+    let (mut guest, _host) = restored(&old);
+    guest.driver.restart();
+    guest.post_all();
+    assert_eq!(resets(&mut guest), []);
+    let _connected = guest.connected_from_host(1);
 }
 
 #[test]
@@ -294,7 +404,7 @@ fn hostile_states_are_refused_or_harmless() {
     ] {
         assert!(matches!(bend(f), Err(VsockError::Saved(_))));
     }
-    let too_many = vec![ports; MAX_CONNECTIONS + MAX_REPLIES + 1];
+    let too_many = vec![ports; MAX_ENDED + 1];
     let error = bend(|s| s.ended = too_many).err();
     assert!(matches!(error, Some(VsockError::Saved(_))));
     // Numbers that only the guest's own connection hangs on.
@@ -306,7 +416,7 @@ fn hostile_states_are_refused_or_harmless() {
             (kept.forwarded, kept.forwarded_told) = (number, !number);
             (kept.sent, kept.peer_fwd_cnt) = (!number, number);
             kept.peer_buf_alloc = number;
-            s.ended = vec![ports; MAX_CONNECTIONS + MAX_REPLIES];
+            s.ended = vec![ports; MAX_ENDED];
             s.next_host_port = number;
         })
         .unwrap();

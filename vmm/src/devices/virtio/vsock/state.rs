@@ -1,13 +1,15 @@
 //! What is saved of a guest's sockets: one connection at most, the agent's, and only while nothing is on its way on it.
 //!
-//! The others end. Where one is kept, each of them ends with a reset of its own. Otherwise the guest learns from the event
-//! queue that all are gone (Virtio 1.2, section 5.10.6.7), which spares none.
+//! The others end. Where one is kept, each of them ends with a reset of its own, but not before the guest has said something
+//! on the one that is kept: until then its agent may not know that it goes on from a snapshot, and would take a reset for the
+//! end of a client, whose programs end as well. Otherwise the guest learns from the event queue that all are gone (Virtio 1.2,
+//! section 5.10.6.7), which spares none.
 
 use std::os::unix::net::UnixStream;
 
 use snapshot_fmt::state::virtio::VsockState;
 
-use super::muxer::{BUFFER_SIZE, FIRST_HOST_PORT, MAX_CONNECTIONS, MAX_REPLIES};
+use super::muxer::{BUFFER_SIZE, FIRST_HOST_PORT, MAX_ENDED};
 use super::queue::Reset;
 use super::{Vsock, VsockConfig, VsockError};
 
@@ -16,6 +18,8 @@ impl Vsock {
     /// holds it may have read half of a message.
     pub fn save(&self) -> VsockState {
         let (kept, mut ended) = self.muxer.save(self.kept_port);
+        // One event ends any number.
+        let kept = kept.filter(|_| ended.len() <= MAX_ENDED);
         if kept.is_none() {
             ended.clear();
         }
@@ -29,7 +33,8 @@ impl Vsock {
 
     /// A device in the reset state, for its transport to restore the rest, and the host's end of the connection that was
     /// kept. None was, and all connections end, where `state` has none, or where the context id is not the saved one: the
-    /// guest reads that again when it is told that its connections are gone. New clients wait until it has dealt with that.
+    /// guest reads that again when it is told that its connections are gone. New clients wait until it has dealt with that, or
+    /// has said something on the kept connection.
     pub fn restore(
         config: VsockConfig,
         state: &VsockState,
@@ -45,7 +50,7 @@ impl Vsock {
             Some("the connection that it keeps is not the guest agent's")
         } else if kept.buf_alloc > BUFFER_SIZE {
             Some("its connection has more room than a connection can have")
-        } else if state.ended.len() > MAX_CONNECTIONS + MAX_REPLIES {
+        } else if state.ended.len() > MAX_ENDED {
             Some("it has more connections than it can have")
         } else if state.ended.contains(&kept.ports) {
             Some("it both ends and keeps a connection")
@@ -55,10 +60,8 @@ impl Vsock {
         if let Some(wrong) = wrong {
             return Err(VsockError::Saved(wrong));
         }
-        for &ports in &state.ended {
-            vsock.muxer.refuse(ports);
-        }
-        let host = vsock.muxer.restore(kept).map_err(VsockError::Stream)?;
+        let host = vsock.muxer.restore(kept, &state.ended);
+        let host = host.map_err(VsockError::Stream)?;
         Ok((vsock, Some(host)))
     }
 }
