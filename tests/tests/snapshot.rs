@@ -12,6 +12,8 @@ mod going_on;
 mod guest;
 #[path = "snapshot/kept_boots.rs"]
 mod kept_boots;
+#[path = "snapshot/programs.rs"]
+mod programs;
 #[path = "snapshot/refusals.rs"]
 mod refusals;
 
@@ -64,6 +66,16 @@ fn main() -> ExitCode {
             "a_corrupt_page_ends_the_sandbox",
             Guest,
             refusals::corrupt_page,
+        ),
+        test(
+            "programs_of_clients_run_on_in_each_copy",
+            Guest,
+            programs::run_on,
+        ),
+        test(
+            "programs_run_on_where_all_connections_are_lost",
+            Guest,
+            programs::all_lost,
         ),
     ])
 }
