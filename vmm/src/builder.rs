@@ -12,9 +12,9 @@ use std::sync::Arc;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use snapshot_fmt::state::machine::MachineState;
 use thiserror::Error;
-use vm_memory::GuestMemoryError;
+use vm_memory::{GuestMemoryBackend, GuestMemoryError};
 
-use self::devices::Devices;
+use self::devices::{Devices, MappedFile};
 use crate::arch::x86_64::boot::{self, BootError};
 use crate::arch::x86_64::kernel::{Kernel, KernelError, LoadedKernel};
 use crate::arch::x86_64::{layout, mptable};
@@ -33,6 +33,7 @@ use crate::kvm::{self, KvmError, call_failed, platform};
 use crate::machine::{Machine, Parts};
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::pager::{Pager, PagerError, Pages};
+use crate::sys::file_mapping::FileMapping;
 use crate::timings::Timings;
 use crate::vcpu::state::VcpuStateError;
 use crate::vcpu::{self, VcpuContext};
@@ -142,36 +143,85 @@ enum Start<'a> {
     Saved(&'a MachineState, Pages),
 }
 
-/// Builds the machine that `config` describes and starts it.
+/// A machine without a beginning: what takes the host long is done, and nothing is in its memory. It serves one machine, once.
+pub struct Shell {
+    kvm: Kvm,
+    vm: VmFd,
+    memory: Arc<GuestMemory>,
+    files: Vec<MappedFile>,
+    registered: bool,
+}
+
+impl Shell {
+    /// One for `config`, of which memory and disks count, and which KVM does not know the memory of yet.
+    fn bare(config: &VmConfig) -> Result<Self, BuildError> {
+        let kvm = kvm::open()?;
+        config.validate(host::limits(&kvm))?;
+        let ram = layout::ram_ranges(config.memory_mib << 20);
+        Ok(Self {
+            vm: kvm::create_vm(&kvm)?,
+            kvm,
+            memory: Arc::new(memory::create(&ram)?),
+            files: devices::map_files(config, &ram)?,
+            registered: false,
+        })
+    }
+
+    /// One for `config`, of which memory and disks count.
+    pub fn new(config: &VmConfig) -> Result<Self, BuildError> {
+        let mut shell = Self::bare(config)?;
+        let files = shell.files.iter().map(|file| (file.start, &file.mapping));
+        register(&shell.vm, &shell.memory, files)?;
+        shell.registered = true;
+        Ok(shell)
+    }
+}
+
+/// Has KVM know memory and files.
+fn register<'a>(
+    vm: &VmFd,
+    memory: &GuestMemory,
+    files: impl Iterator<Item = (u64, &'a FileMapping)>,
+) -> Result<(), KvmError> {
+    kvm::register_memory(vm, memory)?;
+    let first = u32::try_from(memory.num_regions()).unwrap_or(u32::MAX);
+    kvm::register_files(vm, first, files)
+}
+
+/// Builds the machine that `config` describes and starts it. A `shell` must have been made for the same memory and disks.
 pub fn build(
     config: &VmConfig,
     origin: Origin<'_>,
+    shell: Option<Shell>,
     timings: &Arc<Timings>,
 ) -> Result<Machine, BuildError> {
-    let kvm = kvm::open()?;
-    config.validate(host::limits(&kvm))?;
-    let kind = KvmKind::detect();
+    let Shell {
+        kvm,
+        vm,
+        memory,
+        files,
+        registered,
+    } = shell.map_or_else(|| Shell::bare(config), Ok)?;
+    timings.mark("VM made");
     let ram = layout::ram_ranges(config.memory_mib << 20);
     let ram_end = ram.first().map_or(0, |(start, len)| start + len);
     let (start, saved) = match origin {
         Origin::Boot => (Start::Kernel(Kernel::open(&config.kernel, ram_end)?), None),
         Origin::Saved { state, pages } => (Start::Saved(state, pages), Some(state)),
     };
-    let memory = Arc::new(memory::create(&ram)?);
     let (mut devices, live) =
-        Devices::new(config, &memory, &ram, saved.map(|state| &state.devices))?;
+        Devices::new(config, &memory, files, saved.map(|state| &state.devices))?;
     timings.mark("inputs checked");
 
-    let vm = kvm::create_vm(&kvm)?;
-    timings.mark("VM made");
-
+    let kind = KvmKind::detect();
     let cpus = u8::try_from(config.cpus).unwrap_or(u8::MAX);
     let software = kind == KvmKind::Software;
     let (vcpus, pager) = std::thread::scope(|scope| -> Result<_, BuildError> {
-        let slots = scope.spawn(|| {
-            kvm::register_memory(&vm, &memory)?;
-            let first = u32::try_from(ram.len()).unwrap_or(u32::MAX);
-            kvm::register_files(&vm, first, &devices.files)
+        let slots = (!registered).then(|| {
+            scope.spawn(|| {
+                let files = devices.files.iter().map(|(start, file)| (*start, file));
+                register(&vm, &memory, files)
+            })
         });
         let made = match start {
             Start::Saved(state, pages) => {
@@ -190,7 +240,8 @@ pub fn build(
                 vcpus.map(|vcpus| (vcpus, None))
             }
         };
-        slots.join().unwrap_or_else(|_| {
+        let joined = slots.map_or(Ok(Ok(())), |slots| slots.join());
+        joined.unwrap_or_else(|_| {
             Err(call_failed("KVM_SET_USER_MEMORY_REGION")(io::Error::other(
                 "the thread died",
             )))

@@ -19,6 +19,7 @@ use snapshot_fmt::chain::DEPTH_MAX;
 use snapshot_fmt::digest::Digest;
 use snapshot_fmt::manifest::{Machine, Programs};
 
+use crate::control::types::ChildView;
 use crate::sandbox::record::BranchPoint;
 use crate::warm::WarmRuntime;
 
@@ -48,6 +49,16 @@ pub struct Handover {
     pub base: Option<Digest>,
     /// When its parent was asked for it: [`crate::timings::monotonic_ns`].
     pub since: u64,
+}
+
+/// What a child says when it is made.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Word {
+    /// Its agent has answered.
+    Ready(ChildView),
+    /// It has come to nothing, and why.
+    Failed(String),
 }
 
 /// Sends a child to be, with its files.

@@ -25,6 +25,7 @@ pub mod logger;
 pub mod machine;
 pub mod memory;
 pub mod pager;
+pub mod pool;
 pub mod reaper;
 pub mod sandbox;
 pub mod sizes;

@@ -60,6 +60,11 @@ impl Signals {
         Ok(Self { last, pipe })
     }
 
+    /// Readable when one has come.
+    pub fn event(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+
     fn last(&self) -> u8 {
         u8::try_from(self.last.load(Ordering::SeqCst)).unwrap_or(0)
     }

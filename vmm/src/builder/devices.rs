@@ -68,9 +68,10 @@ pub(super) struct Devices<'a> {
     irqs: Vec<(u32, EventFd)>,
     /// First address and queue events of each virtio device's window, in the order of the windows.
     windows: Vec<(u64, Vec<EventFd>)>,
-    /// Files that the guest sees as memory, with their guest physical addresses, and where the next may start.
+    /// The files that are still to be made devices.
+    mapped: std::vec::IntoIter<MappedFile>,
+    /// Files that the guest sees as memory, with their guest physical addresses.
     pub files: Vec<(u64, FileMapping)>,
-    next_file: u64,
     pub subscribers: Vec<Subscriber>,
     transports: Vec<Arc<Mutex<MmioTransport>>>,
     /// The host's end of the agent's connection, where a restored guest has kept it.
@@ -78,6 +79,42 @@ pub(super) struct Devices<'a> {
     root: Option<Root>,
     pub exit: ExitLatch,
     pub console: ConsoleTail,
+}
+
+/// A disk's file that the guest is to see as memory.
+pub(super) struct MappedFile {
+    /// Its guest physical address.
+    pub start: u64,
+    /// It.
+    pub mapping: FileMapping,
+    file_system: Option<&'static str>,
+}
+
+/// Maps the files that a guest of `config`, with this memory, sees as memory.
+pub(super) fn map_files(
+    config: &VmConfig,
+    ram: &[(u64, u64)],
+) -> Result<Vec<MappedFile>, BuildError> {
+    let granule = usize::try_from(layout::PMEM_GRANULE).unwrap_or(usize::MAX);
+    let ram_end = ram.last().map_or(0, |(start, len)| start + len);
+    let mut next = layout::pmem_start(ram_end);
+    let drives = config.drives.iter();
+    drives
+        .filter(|drive| drive.interface == DriveInterface::Pmem)
+        .map(|drive| {
+            let Drive { file, file_system } = Drive::open(drive)?;
+            let path = drive.path.clone();
+            let mapping = FileMapping::new(file, granule)
+                .map_err(|source| BuildError::Map { path, source })?;
+            let start = next;
+            next = layout::pmem_start(start + mapping.size() as u64);
+            Ok(MappedFile {
+                start,
+                mapping,
+                file_system,
+            })
+        })
+        .collect()
 }
 
 /// What the kernel needs to mount its root file system.
@@ -92,10 +129,9 @@ impl<'a> Devices<'a> {
     pub fn new(
         config: &VmConfig,
         memory: &Arc<GuestMemory>,
-        ram: &[(u64, u64)],
+        mapped: Vec<MappedFile>,
         saved: Option<&'a DeviceStates>,
     ) -> Result<(Self, LiveDevices), BuildError> {
-        let ram_end = ram.last().map_or(0, |(start, len)| start + len);
         let mut devices = Self {
             memory: Arc::clone(memory),
             saved: saved.map(|saved| saved.virtio.iter()),
@@ -103,8 +139,8 @@ impl<'a> Devices<'a> {
             mmio: Bus::default(),
             irqs: Vec::new(),
             windows: Vec::new(),
+            mapped: mapped.into_iter(),
             files: Vec::new(),
-            next_file: layout::pmem_start(ram_end),
             subscribers: Vec::new(),
             transports: Vec::new(),
             agent_link: None,
@@ -191,26 +227,28 @@ impl<'a> Devices<'a> {
     }
 
     fn add_drive(&mut self, index: usize, config: &DriveConfig) -> Result<(), BuildError> {
-        let Drive { file, file_system } = Drive::open(config)?;
-        let read_only = config.read_only;
+        let id = format!("drive-{index}");
+        let file_system = match config.interface {
+            DriveInterface::Block => {
+                let Drive { file, file_system } = Drive::open(config)?;
+                self.add_block(BlockConfig {
+                    file,
+                    path: config.path.clone(),
+                    read_only: config.read_only,
+                    id,
+                })?;
+                file_system
+            }
+            DriveInterface::Pmem => self.add_pmem(id)?,
+        };
         if index == 0 {
             self.root = Some(Root {
                 interface: config.interface,
-                read_only,
+                read_only: config.read_only,
                 file_system,
             });
         }
-        let id = format!("drive-{index}");
-        let path = config.path.clone();
-        match config.interface {
-            DriveInterface::Block => self.add_block(BlockConfig {
-                file,
-                path,
-                read_only,
-                id,
-            }),
-            DriveInterface::Pmem => self.add_pmem(file, path, id),
-        }
+        Ok(())
     }
 
     fn add_block(&mut self, config: BlockConfig) -> Result<(), BuildError> {
@@ -224,13 +262,12 @@ impl<'a> Devices<'a> {
         }
     }
 
-    fn add_pmem(&mut self, file: File, path: PathBuf, id: String) -> Result<(), BuildError> {
-        let granule = usize::try_from(layout::PMEM_GRANULE).unwrap_or(usize::MAX);
-        let mapping =
-            FileMapping::new(file, granule).map_err(|source| BuildError::Map { path, source })?;
-        let (start, size) = (self.next_file, mapping.size() as u64);
-        self.next_file = layout::pmem_start(start + size);
-        self.files.push((start, mapping));
+    /// Gives the file's kind of file system.
+    fn add_pmem(&mut self, id: String) -> Result<Option<&'static str>, BuildError> {
+        let file = self.mapped.next();
+        let file = file.ok_or(BuildError::OtherDevices("a file is not mapped"))?;
+        let (start, size) = (file.start, file.mapping.size() as u64);
+        self.files.push((start, file.mapping));
         let config = PmemConfig { id, start, size };
         match self.next_saved()? {
             None => self.add_virtio(Pmem::new(config)?, None),
@@ -239,7 +276,8 @@ impl<'a> Devices<'a> {
                 device: VirtioDeviceState::Pmem(state),
             }) => self.add_virtio(Pmem::restore(config, state)?, Some(transport)),
             Some(_) => Err(BuildError::OtherDevices("a pmem device is new")),
-        }
+        }?;
+        Ok(file.file_system)
     }
 
     fn add_vsock(&mut self, config: &VsockConfig) -> Result<(), BuildError> {

@@ -42,7 +42,7 @@ pub fn boot(args: &BootArgs, start: Instant) -> Result<u8, CliError> {
     };
     let signals = become_monitor()?;
     let config = vm.machine_config(files, None, ConsoleConfig::Stderr);
-    let machine = builder::build(&config, Origin::Boot, &timings)?;
+    let machine = builder::build(&config, Origin::Boot, None, &timings)?;
 
     let ending = vm.supervisor(&machine, signals, start, None).wait_for_end();
     timings.mark("VM ended");

@@ -10,7 +10,7 @@ use super::vm_args::{installed_image, installed_kernel};
 use super::vm_spec::VmSpec;
 use super::{CliError, ending_status};
 use crate::boot_cache::BootCache;
-use crate::builder::{self, BuildError, Origin};
+use crate::builder::{self, BuildError, Origin, Shell};
 use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
 use crate::host;
 use crate::kvm::install_kick_handler;
@@ -84,6 +84,8 @@ pub struct Launch {
     pub cached: bool,
     /// Where it branches off another sandbox, if it does.
     pub branch: Option<BranchPoint>,
+    /// What was made ahead for it, if anything was.
+    pub shell: Option<Shell>,
 }
 
 impl Launch {
@@ -119,7 +121,7 @@ impl Launch {
             && let Some(saved) = cache.find()
         {
             let cached = Source::Cached(Box::new(saved));
-            match build(config, &cached, timings) {
+            match build(config, &cached, None, timings) {
                 Ok(machine) => {
                     self.source = cached;
                     return Ok((machine, None));
@@ -127,20 +129,22 @@ impl Launch {
                 Err(error) => cache.forget_unusable(&error),
             }
         }
-        Ok((build(config, &self.source, timings)?, cache))
+        let shell = self.shell.take();
+        Ok((build(config, &self.source, shell, timings)?, cache))
     }
 }
 
 fn build(
     config: &VmConfig,
     source: &Source,
+    shell: Option<Shell>,
     timings: &Arc<Timings>,
 ) -> Result<Machine, BuildError> {
     let origin = source.saved().map_or(Origin::Boot, |saved| Origin::Saved {
         state: &saved.state,
         pages: saved.pages(),
     });
-    builder::build(config, origin, timings)
+    builder::build(config, origin, shell, timings)
 }
 
 fn vsock(paths: &SandboxPaths) -> VsockConfig {

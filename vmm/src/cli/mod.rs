@@ -18,6 +18,7 @@ mod lifecycle;
 mod logs;
 mod ls;
 mod man;
+mod pool;
 mod program;
 mod ready;
 mod restore;
@@ -83,6 +84,7 @@ enum Command {
     Snapshot(snapshot::SnapshotArgs),
     Branch(branch::BranchArgs),
     Explore(explore::ExploreArgs),
+    Pool(pool::PoolArgs),
     Exec(exec::ExecArgs),
     Cp(cp::CpArgs),
     Logs(logs::LogsArgs),
@@ -275,6 +277,7 @@ pub fn main(start: Instant) -> ExitCode {
         Command::Snapshot(args) => snapshot::snapshot(&args),
         Command::Branch(args) => branch::branch(&args),
         Command::Explore(args) => explore::explore(&args),
+        Command::Pool(args) => pool::pool(&args),
         Command::Shell(args) => shell::shell(&args, start),
         Command::Exec(args) => exec::exec(&args),
         Command::Cp(args) => cp::cp(&args),

@@ -76,6 +76,7 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
         source: Source::Saved(Box::new(saved)),
         cached: false,
         branch: None,
+        shell: None,
     };
     detached::monitor(launch, args.timings, start, &Starter)
 }

@@ -1,4 +1,7 @@
-//! `vmm shell`: the process of a child, before it is told which. For monitors only.
+//! `vmm shell`: the process of a sandbox that goes on from a moment of another, before it is told which. For monitors and pools only.
+//!
+//! Its standard input is a socket. With a machine described it makes what it can of that, and says so by a byte. Then it is handed what it is to
+//! be; says, as a line of JSON, that it is ready, or why it is not; and lives on when it is told so by a byte. When the socket closes before, it ends.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -6,31 +9,79 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use snapshot_fmt::manifest::Machine;
 
 use super::CliError;
 use super::detached::{self, Announce};
 use super::launch::{Launch, Source};
 use super::vm_spec::VmSpec;
+use crate::builder::Shell;
+use crate::config::{ConsoleConfig, GUEST_CID, VsockConfig};
 use crate::control::types::ChildView;
-use crate::handover;
+use crate::handover::{self, Word};
+use crate::pool::kind;
 use crate::sandbox::SandboxDir;
-use crate::snapshot::SnapshotError;
 use crate::snapshot::branch::Begun;
 use crate::snapshot::restore::Base;
+use crate::snapshot::{SnapshotError, description};
 use crate::store::Store;
 use crate::timings::Timings;
 
 /// Go on from a moment of another sandbox, which its monitor hands over on standard input
 #[derive(Debug, Args)]
-pub struct ShellArgs {}
+pub struct ShellArgs {
+    /// Make a machine like this ahead
+    #[arg(long, value_name = "JSON")]
+    machine: Option<String>,
+}
 
 /// Carries out `vmm shell`.
-pub fn shell(_: &ShellArgs, start: Instant) -> Result<u8, CliError> {
+pub fn shell(args: &ShellArgs, start: Instant) -> Result<u8, CliError> {
     let broken = |error: io::Error| CliError::Monitor(format!("the handover failed: {error}"));
     let socket = io::stdin().as_fd().try_clone_to_owned().map_err(broken)?;
-    let socket = UnixStream::from(socket);
-    let Some((handover, files)) = handover::receive(&socket).map_err(broken)? else {
+    let parent = Parent {
+        socket: UnixStream::from(socket),
+    };
+    match be(args, &parent, start) {
+        Err(error) => {
+            // Nobody may be there to hear it.
+            let _ = parent.say(&Word::Failed(error.to_string()));
+            Err(error)
+        }
+        done => done,
+    }
+}
+
+/// What was made ahead, and of what.
+fn prepare(args: &ShellArgs) -> Result<Option<(Machine, Shell)>, CliError> {
+    let Some(json) = &args.machine else {
+        return Ok(None);
+    };
+    let bad = |error: &dyn std::fmt::Display| CliError::BadInput(format!("--machine: {error}"));
+    let machine: Machine = serde_json::from_str(json).map_err(|error| bad(&error))?;
+    let vsock = VsockConfig {
+        cid: GUEST_CID,
+        socket: "vsock.sock".into(),
+    };
+    let config = description::config(&machine, Some(vsock), ConsoleConfig::Kept)
+        .map_err(|error| bad(&error))?;
+    Ok(Some((machine, Shell::new(&config)?)))
+}
+
+fn be(args: &ShellArgs, parent: &Parent, start: Instant) -> Result<u8, CliError> {
+    let broken = |error: io::Error| CliError::Monitor(format!("the handover failed: {error}"));
+    let made = prepare(args)?;
+    if made.is_some() {
+        (&parent.socket).write_all(b"\n").map_err(broken)?;
+    }
+    let Some((handover, files)) = handover::receive(&parent.socket).map_err(broken)? else {
         return Ok(0);
+    };
+    // One that has waited begins now.
+    let start = if made.is_some() {
+        Instant::now()
+    } else {
+        start
     };
     let mut files = files.into_iter();
     let state = files.next();
@@ -40,6 +91,7 @@ pub fn shell(_: &ShellArgs, start: Instant) -> Result<u8, CliError> {
         let store = Store::of_user()?;
         Base::open(&store, &id.to_string())
     });
+    let made = made.filter(|(machine, _)| *machine == kind(&handover.machine));
     let begun = Begun {
         machine: handover.machine,
         programs: handover.programs,
@@ -59,31 +111,45 @@ pub fn shell(_: &ShellArgs, start: Instant) -> Result<u8, CliError> {
         source: Source::Saved(Box::new(saved)),
         cached: false,
         branch: Some(handover.branch),
+        shell: made.map(|(_, shell)| shell),
     };
-    let since = handover.since;
-    detached::monitor(launch, false, start, &Parent { socket, since })
+    let child = Child {
+        parent,
+        since: handover.since,
+    };
+    detached::monitor(launch, false, start, &child)
 }
 
-/// The monitor that has started this process.
+/// Who has started this process, or taken it from a pool.
 struct Parent {
     socket: UnixStream,
-    /// When it was asked for it.
+}
+
+impl Parent {
+    fn say(&self, word: &Word) -> io::Result<()> {
+        let mut line = serde_json::to_vec(word)?;
+        line.push(b'\n');
+        (&self.socket).write_all(&line)
+    }
+}
+
+/// What this process is now.
+struct Child<'a> {
+    parent: &'a Parent,
+    /// When the parent was asked for it.
     since: u64,
 }
 
-impl Announce for Parent {
+impl Announce for Child<'_> {
     /// Says that this child is ready, and waits to be told that its siblings are, too.
     fn ready(&self, sandbox: &SandboxDir, timings: &Timings) -> io::Result<()> {
         let at = |name| timings.since_us(name, self.since).unwrap_or(0);
-        let view = ChildView {
+        self.parent.say(&Word::Ready(ChildView {
             id: sandbox.id().to_owned(),
             name: sandbox.name().to_owned(),
             running_us: at("first KVM_RUN"),
             answered_us: at("guest told"),
-        };
-        let mut word = serde_json::to_vec(&view)?;
-        word.push(b'\n');
-        (&self.socket).write_all(&word)?;
-        (&self.socket).read_exact(&mut [0])
+        }))?;
+        (&self.parent.socket).read_exact(&mut [0])
     }
 }

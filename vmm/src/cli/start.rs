@@ -37,6 +37,7 @@ pub fn start(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
         source,
         cached: !args.cache.cold,
         branch: None,
+        shell: None,
     };
     detached::monitor(launch, args.vm.timings, start, &Starter)
 }

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,10 @@ use snapshot_fmt::chain::{Chain, DEPTH_MAX};
 use super::routes::{Control, client_is_gone};
 use super::snapshot::{code, programs};
 use super::types::{BranchRequest, BranchView, ChildView, ErrorBody, ErrorCode};
-use crate::handover::{self, Handover};
+use crate::handover::{self, Handover, Word};
+use crate::pool;
+use crate::reaper::Reaper;
+use crate::sandbox::runtime_dir;
 use crate::snapshot::branch::freeze;
 use crate::snapshot::description::describe;
 use crate::timings::monotonic_ns;
@@ -31,25 +34,15 @@ const WORD_MAX: u64 = 4096;
 /// A child's process, which has not been told to live on. It ends when it finds out that it never will be.
 pub(super) struct Unborn {
     name: Option<String>,
-    process: Child,
     socket: UnixStream,
 }
 
 impl Unborn {
-    fn start(name: Option<String>) -> io::Result<Self> {
-        let (socket, theirs) = UnixStream::pair()?;
+    /// In a shell that stands ready, or else in a new process.
+    fn start(name: Option<String>, shell: Option<UnixStream>, reaper: &Reaper) -> io::Result<Self> {
+        let socket = shell.map_or_else(|| new_shell(reaper), Ok)?;
         socket.set_read_timeout(Some(PATIENCE))?;
-        let process = Command::new("/proc/self/exe")
-            .arg("shell")
-            .stdin(OwnedFd::from(theirs))
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        Ok(Self {
-            name,
-            process,
-            socket,
-        })
+        Ok(Self { name, socket })
     }
 
     /// Lets it live on.
@@ -58,29 +51,30 @@ impl Unborn {
     }
 
     /// Waits until it is ready. Where it fails, it has said why.
-    fn ready(&mut self) -> Result<ChildView, String> {
-        let mut word = String::new();
-        let read = BufReader::new((&self.socket).take(WORD_MAX)).read_line(&mut word);
-        let view = match &read {
-            Ok(_) => serde_json::from_str(&word).ok(),
-            Err(_) => None,
-        };
-        view.ok_or_else(|| {
-            let who = self.name.as_deref().unwrap_or("a child");
-            if let Err(error) = read {
-                return format!("{who} did not come to be: {error}");
-            }
-            // It has closed its socket, so it is ending. What cannot be read is not told.
-            let mut why = String::new();
-            if let Some(stderr) = self.process.stderr.take() {
-                let _ = stderr.take(WORD_MAX).read_to_string(&mut why);
-            }
-            match why.trim().trim_start_matches("vmm: ") {
-                "" => format!("{who} did not come to be: its process ended"),
-                why => format!("{who}: {why}"),
-            }
-        })
+    fn ready(&self) -> Result<ChildView, String> {
+        let mut line = String::new();
+        let read = BufReader::new((&self.socket).take(WORD_MAX)).read_line(&mut line);
+        let who = self.name.as_deref().unwrap_or("a child");
+        match read.map(|_| serde_json::from_str(&line)) {
+            Ok(Ok(Word::Ready(view))) => Ok(view),
+            Ok(Ok(Word::Failed(why))) => Err(format!("{who}: {why}")),
+            Ok(Err(_)) => Err(format!("{who} did not come to be: its process ended")),
+            Err(error) => Err(format!("{who} did not come to be: {error}")),
+        }
     }
+}
+
+/// Starts a shell that nothing was made ahead for.
+fn new_shell(reaper: &Reaper) -> io::Result<UnixStream> {
+    let (socket, theirs) = UnixStream::pair()?;
+    let process = Command::new("/proc/self/exe")
+        .arg("shell")
+        .stdin(OwnedFd::from(theirs))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    reaper.adopt(&process)?;
+    Ok(socket)
 }
 
 /// The name of the child `number` of `count`, counted from 1.
@@ -162,8 +156,12 @@ impl Control {
             .clone();
         let freezing = freeze(&machine, agent.as_ref(), origin).map_err(refused)?;
         // Their processes start while memory is written: before, they would have made the pause longer.
-        let mut children = (1..=count)
-            .map(|number| Unborn::start(name_of(request.name.as_deref(), number, count)))
+        let mut shells = pool::take(&runtime_dir(), &handover.machine, count).into_iter();
+        let children = (1..=count)
+            .map(|number| {
+                let name = name_of(request.name.as_deref(), number, count);
+                Unborn::start(name, shells.next(), &self.reaper)
+            })
             .collect::<io::Result<Vec<_>>>()
             .map_err(internal)?;
         let point = freezing.finish().map_err(refused)?;
@@ -175,13 +173,12 @@ impl Control {
             .chain([&point.memory])
             .collect();
         for child in &children {
-            self.reaper.adopt(&child.process).map_err(internal)?;
             handover.name.clone_from(&child.name);
             handover::send(&child.socket, &handover, &files).map_err(internal)?;
         }
 
         let views = children
-            .iter_mut()
+            .iter()
             .map(Unborn::ready)
             .collect::<Result<Vec<_>, _>>()
             .map_err(|why| ErrorBody::new(ErrorCode::Conflict, why))?;

@@ -160,12 +160,16 @@ pub fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), KvmError> 
 /// KVM_RUN as an access to a device that is not there.
 ///
 /// The caller keeps the mappings for as long as the VM lives, as [`crate::machine::Machine`] does.
-pub fn register_files(vm: &VmFd, first: u32, files: &[(u64, FileMapping)]) -> Result<(), KvmError> {
+pub fn register_files<'a>(
+    vm: &VmFd,
+    first: u32,
+    files: impl Iterator<Item = (u64, &'a FileMapping)>,
+) -> Result<(), KvmError> {
     for (slot, (start, mapping)) in (first..).zip(files) {
         let slot = kvm_userspace_memory_region {
             slot,
             flags: KVM_MEM_READONLY,
-            guest_phys_addr: *start,
+            guest_phys_addr: start,
             memory_size: mapping.size() as u64,
             userspace_addr: mapping.address() as u64,
         };

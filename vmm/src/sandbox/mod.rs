@@ -148,15 +148,7 @@ impl SandboxDir {
                 name: name.to_owned(),
             });
         }
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&parent)
-            .map_err(|source| SandboxError::Io {
-                action: "make",
-                path: parent.clone(),
-                source,
-            })?;
+        make_runtime_dir()?;
         remove_dead(&parent);
         let mut tries = 0;
         loop {
@@ -265,6 +257,20 @@ impl SandboxDir {
     /// The directory.
     pub fn path(&self) -> &Path {
         self.paths.dir()
+    }
+}
+
+/// The directory of all sandboxes, made if it is not there.
+pub fn make_runtime_dir() -> Result<PathBuf, SandboxError> {
+    let path = runtime_dir();
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
+    match made {
+        Ok(()) => Ok(path),
+        Err(source) => Err(SandboxError::Io {
+            action: "make",
+            path,
+            source,
+        }),
     }
 }
 

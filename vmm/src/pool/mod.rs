@@ -1,0 +1,118 @@
+//! Shells that stand ready: processes whose machines are made but for their state and memory, so that what the host is slow at
+//! is done before anybody asks. Whoever needs children or restores a snapshot asks the user's pool, if there is one, and starts a process itself for what that
+//! does not have. A shell serves one sandbox, once.
+//!
+//! The pool listens on `pool.sock` in the directory of the sandboxes. A client sends one line of JSON, a [`Wanted`]; the pool answers with a byte and a
+//! connected socket for each shell that it gives, and closes. On that socket the shell is handed what it is to be ([`crate::handover`]).
+
+pub mod demand;
+pub mod server;
+
+use std::io::{self, IoSlice, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use serde::{Deserialize, Serialize};
+use snapshot_fmt::manifest::{KernelFile, Machine};
+
+/// How long a pool may take for each step of an answer. One that is slower is worse than none.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// What a client asks for.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wanted {
+    /// The machine that the shells are to be made for: a [`kind`].
+    pub machine: Machine,
+    /// How many; the pool gives as many as it has.
+    pub count: u32,
+}
+
+/// What a shell is made of: memory, processors and disks, whatever ran on them.
+pub fn kind(machine: &Machine) -> Machine {
+    Machine {
+        kernel: KernelFile {
+            path: String::new(),
+            digest: None,
+        },
+        cmdline: String::new(),
+        ..machine.clone()
+    }
+}
+
+/// Where the pool of the sandboxes in `dir` listens.
+pub fn socket_in(dir: &Path) -> PathBuf {
+    dir.join("pool.sock")
+}
+
+/// Takes shells for `machine` from the pool in `dir`, `count` at most. There may be none, for whatever reason.
+pub fn take(dir: &Path, machine: &Machine, count: u32) -> Vec<UnixStream> {
+    let mut shells = Vec::new();
+    if let Err(error) = take_into(&mut shells, dir, machine, count)
+        && !matches!(
+            error.kind(),
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+        )
+    {
+        log::warn!("the pool of shells does not answer: {error}");
+    }
+    shells
+}
+
+fn take_into(
+    shells: &mut Vec<UnixStream>,
+    dir: &Path,
+    machine: &Machine,
+    count: u32,
+) -> io::Result<()> {
+    let mut pool = UnixStream::connect(socket_in(dir))?;
+    pool.set_read_timeout(Some(PATIENCE))?;
+    pool.set_write_timeout(Some(PATIENCE))?;
+    let wanted = Wanted {
+        machine: kind(machine),
+        count,
+    };
+    let mut line = serde_json::to_vec(&wanted)?;
+    line.push(b'\n');
+    pool.write_all(&line)?;
+    while let Some(shell) = receive(&pool)? {
+        shells.push(UnixStream::from(shell));
+    }
+    Ok(())
+}
+
+/// The next shell; `None` at the end.
+fn receive(pool: &UnixStream) -> io::Result<Option<OwnedFd>> {
+    let mut byte = [0];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(
+        pool,
+        &mut [IoSliceMut::new(&mut byte)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let fd = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    Ok(fd.filter(|_| received.bytes > 0))
+}
+
+/// Gives a shell to a client.
+fn give(client: &UnixStream, shell: BorrowedFd<'_>) -> io::Result<()> {
+    let fds = [shell];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = SendAncillaryBuffer::new(&mut space);
+    rights.push(SendAncillaryMessage::ScmRights(&fds));
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    sendmsg(client, &[IoSlice::new(b"s")], &mut rights, flags)?;
+    Ok(())
+}
