@@ -68,7 +68,7 @@ pub fn send(mut socket: &UnixStream, handover: &Handover, files: &[&File]) -> io
     let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
     let mut rights = SendAncillaryBuffer::new(&mut space);
-    if !rights.push(SendAncillaryMessage::ScmRights(&fds)) {
+    if fds.len() > FILES_MAX || !rights.push(SendAncillaryMessage::ScmRights(&fds)) {
         return Err(io::Error::other(format!(
             "{} files are too many",
             fds.len()
