@@ -129,17 +129,18 @@ fn record(sandbox: &SandboxDir, launch: &Launch, config: &VmConfig) -> Record {
 
 /// Who is told that a sandbox is ready.
 pub trait Announce {
-    /// Tells it. An error means that nobody wants the sandbox any more.
-    fn ready(&self, sandbox: &SandboxDir, timings: &Timings) -> io::Result<()>;
+    /// Tells it. False, or an error, where nobody wants the sandbox any more.
+    fn ready(&self, sandbox: &SandboxDir, timings: &Timings) -> io::Result<bool>;
 }
 
 /// Whoever started this process waits for the sandbox's id on its standard output.
 pub struct Starter;
 
 impl Announce for Starter {
-    fn ready(&self, sandbox: &SandboxDir, _: &Timings) -> io::Result<()> {
+    fn ready(&self, sandbox: &SandboxDir, _: &Timings) -> io::Result<bool> {
         writeln!(io::stdout(), "{}", sandbox.id())?;
-        io::stdout().flush()
+        io::stdout().flush()?;
+        Ok(true)
     }
 }
 
@@ -183,12 +184,12 @@ pub fn monitor(
     if show_timings {
         let _ = write!(io::stderr(), "{timings}");
     }
-    starter
-        .ready(&sandbox, &timings)
-        .and_then(|()| leave_terminal(&sandbox))
-        .map_err(|error| {
-            CliError::Monitor(format!("nobody waits for the sandbox any more: {error}"))
-        })?;
+    let unwanted =
+        |error| CliError::Monitor(format!("nobody waits for the sandbox any more: {error}"));
+    if !starter.ready(&sandbox, &timings).map_err(unwanted)? {
+        return Ok(0);
+    }
+    leave_terminal(&sandbox).map_err(unwanted)?;
 
     let ending = supervisor.wait_for_end();
     if let Ending::Signal(_) = ending {
