@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use arbitrary::Arbitrary;
 use rustix::fs::{MemfdFlags, memfd_create};
-use vmm::devices::virtio::blk::{Block, BlockConfig};
+use vmm::devices::virtio::blk::{Block, BlockConfig, Disk};
 use vmm::devices::virtio::testing::{r, w};
 
 use crate::guest::{BUFFERS, Guest, MAX_STEPS, desc};
@@ -65,10 +66,11 @@ pub fn run(input: &Input) {
         .flat_map(|sector| [sector as u8 ^ 0x5a; 512])
         .collect();
     file.write_all_at(&image, 0).expect("an image");
+    let own = file.try_clone().expect("a descriptor");
+    let disk = Disk::of_file(own, "fuzz".as_ref(), input.read_only);
     let config = BlockConfig {
-        file: file.try_clone().expect("a descriptor"),
+        disk: Arc::new(disk.expect("a disk")),
         path: "fuzz".into(),
-        read_only: input.read_only,
         id: "fuzz".into(),
     };
     let mut guest = Guest::new(Block::new(config).expect("a device"));

@@ -24,7 +24,7 @@ use crate::devices::bus::Bus;
 use crate::devices::live::LiveDevices;
 use crate::devices::serial::{ConsoleTail, Keyboard, SerialPort};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::blk::{Block, BlockConfig};
+use crate::devices::virtio::blk::{Block, BlockConfig, Disk};
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, WINDOW_SIZE};
 use crate::devices::virtio::pmem::{Pmem, PmemConfig};
 use crate::devices::virtio::rng::Rng;
@@ -231,12 +231,9 @@ impl<'a> Devices<'a> {
         let file_system = match config.interface {
             DriveInterface::Block => {
                 let Drive { file, file_system } = Drive::open(config)?;
-                self.add_block(BlockConfig {
-                    file,
-                    path: config.path.clone(),
-                    read_only: config.read_only,
-                    id,
-                })?;
+                let path = config.path.clone();
+                let disk = Arc::new(Disk::of_file(file, &path, config.read_only)?);
+                self.add_block(BlockConfig { disk, path, id })?;
                 file_system
             }
             DriveInterface::Pmem => self.add_pmem(id)?,

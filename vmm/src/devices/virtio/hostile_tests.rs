@@ -4,10 +4,11 @@
 //! memory but its own used ring, tells the driver, and works again after a reset. What is particular to a device's
 //! requests is in its own `hostile_tests`.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::blk::{Block, BlockConfig};
+use super::blk::{Block, BlockConfig, Disk};
 use super::pmem::{Pmem, PmemConfig};
 use super::queue::{Outcome, Served, serve};
 use super::rng::Rng;
@@ -69,13 +70,11 @@ const BLOCK: Target<Block> = Target {
     make: || {
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();
-        let (path, id) = ("test".into(), "test".into());
-        let read_only = false;
+        let disk = Disk::of_file(file, "test".as_ref(), false).unwrap();
         Block::new(BlockConfig {
-            file,
-            path,
-            read_only,
-            id,
+            disk: Arc::new(disk),
+            path: "test".into(),
+            id: "test".into(),
         })
         .unwrap()
     },

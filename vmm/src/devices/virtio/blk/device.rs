@@ -1,20 +1,17 @@
-//! The block device: configuration space, one queue, one file.
+//! The block device: configuration space, one queue, one disk.
 
-use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use rustix::fs::{OFlags, fcntl_getfl};
 use snapshot_fmt::state::virtio::VirtioDeviceState;
-use thiserror::Error;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::BlockError;
+use super::disk::Disk;
 use super::queue::{
-    Disk, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_RANGES, MAX_ZEROES_SECTORS, SECTOR,
+    MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_RANGES, MAX_ZEROES_SECTORS, Target,
 };
 use crate::devices::virtio::queue::{Outcome, Served, serve};
 use crate::devices::virtio::{
@@ -42,81 +39,19 @@ pub(super) mod feature {
 const CONFIG_SIZE: usize = 60;
 
 /// A disk for the guest.
-#[derive(Debug)]
 pub struct BlockConfig {
-    /// The open image: a regular file or a block device. Locking it is the caller's.
-    pub file: File,
-    /// Where the image is; for messages only.
+    /// Its content. Locking the file that it is in is the caller's.
+    pub disk: Arc<Disk>,
+    /// Where that is; for messages only.
     pub path: PathBuf,
-    /// Whether the guest may only read.
-    pub read_only: bool,
     /// Serial number that the guest reads, in `/sys/block/vda/serial`; cut off after 20 bytes.
     pub id: String,
-}
-
-/// Why a file cannot be a disk.
-#[derive(Debug, Error)]
-pub enum BlockError {
-    /// Its size cannot be found.
-    #[error("cannot find the size of {path}: {source}")]
-    Size {
-        /// The image.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// It is a directory, a pipe or the like.
-    #[error("{path} is neither a regular file nor a block device")]
-    Kind {
-        /// The image.
-        path: PathBuf,
-    },
-    /// It holds no sector.
-    #[error("{path} has {len} bytes, less than one sector of 512")]
-    TooSmall {
-        /// The image.
-        path: PathBuf,
-        /// Its size in bytes.
-        len: u64,
-    },
-    /// It is open for reading only, and the guest is to write.
-    #[error("{path} is open for reading only, but its disk is writable")]
-    NotWritable {
-        /// The image.
-        path: PathBuf,
-    },
-    /// No event for its queue.
-    #[error("cannot make an eventfd for the disk {path}: {source}")]
-    EventFd {
-        /// The image.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// It is not the disk that was saved.
-    #[error("{path} has {sectors} sectors, the saved disk {saved}")]
-    SavedSize {
-        /// The image.
-        path: PathBuf,
-        /// Its size in sectors.
-        sectors: u64,
-        /// The size that was saved.
-        saved: u64,
-    },
-    /// The saved disk was writable and this one is not, or the other way round.
-    #[error("the disk {path} is {}, the saved one was not", if *read_only { "read-only" } else { "writable" })]
-    SavedMode {
-        /// The image.
-        path: PathBuf,
-        /// Whether the disk is read-only now.
-        read_only: bool,
-    },
 }
 
 /// A block device.
 pub struct Block {
     pub(super) path: PathBuf,
-    pub(super) disk: Disk,
+    pub(super) target: Target,
     pub(super) id: String,
     config: [u8; CONFIG_SIZE],
     events: Arc<[EventFd]>,
@@ -124,53 +59,18 @@ pub struct Block {
 }
 
 impl Block {
-    /// A device in the reset state. The last bytes of a file that do not fill a sector are out of the
-    /// guest's reach, with a warning.
+    /// A device in the reset state.
     pub fn new(config: BlockConfig) -> Result<Self, BlockError> {
-        let BlockConfig {
-            mut file,
-            path,
-            read_only,
-            id,
-        } = config;
-        let kind = match file.metadata() {
-            Ok(metadata) => metadata.file_type(),
-            Err(source) => return Err(BlockError::Size { path, source }),
-        };
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(BlockError::Kind { path });
-        }
-        // The size of a block device is not in its metadata.
-        let len = match file.seek(SeekFrom::End(0)) {
-            Ok(len) => len,
-            Err(source) => return Err(BlockError::Size { path, source }),
-        };
-        let sectors = len / SECTOR;
-        if sectors == 0 {
-            return Err(BlockError::TooSmall { path, len });
-        }
-        if len % SECTOR != 0 {
-            log::warn!(
-                "{}: the last {} bytes do not fill a sector and are not part of the disk",
-                path.display(),
-                len % SECTOR
-            );
-        }
-        let writable = fcntl_getfl(&file).map(|flags| flags & OFlags::ACCMODE != OFlags::RDONLY);
-        if !read_only && !writable.unwrap_or(false) {
-            return Err(BlockError::NotWritable { path });
-        }
+        let BlockConfig { disk, path, id } = config;
         let events = match new_queue_events(QUEUE_SIZES.len()) {
             Ok(events) => events,
             Err(source) => return Err(BlockError::EventFd { path, source }),
         };
         Ok(Self {
             path,
-            config: config_space(sectors, read_only),
-            disk: Disk {
-                file,
-                sectors,
-                read_only,
+            config: config_space(disk.sectors(), disk.read_only()),
+            target: Target {
+                disk,
                 serial: serial(&id),
             },
             id,
@@ -186,14 +86,15 @@ impl Block {
         if active.signal.has_failed() {
             return;
         }
-        let (disk, memory, signal) = (&self.disk, &*active.memory, &*active.signal);
+        let (target, memory, signal) = (&self.target, &*active.memory, &*active.signal);
         let (mut moved, mut put_off) = (0, false);
         let served = serve(&mut active.queues[0], memory, signal, |chain| {
             if moved >= TURN {
                 put_off = true;
                 return Ok(Outcome::Later);
             }
-            disk.request(memory, chain, signal, &mut moved)
+            target
+                .request(memory, chain, signal, &mut moved)
                 .map(Outcome::Used)
         });
         match served {
@@ -216,7 +117,7 @@ impl VirtioDevice for Block {
     fn features(&self) -> u64 {
         let common =
             F_VERSION_1 | F_EVENT_IDX | feature::SEG_MAX | feature::BLK_SIZE | feature::FLUSH;
-        if self.disk.read_only {
+        if self.target.disk.read_only() {
             common | feature::RO
         } else {
             common | feature::DISCARD | feature::WRITE_ZEROES

@@ -1,11 +1,13 @@
 //! The block device under a driver that breaks its rules.
 
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
+use super::stack::Stack;
 use super::tests::{
     DATA, HEADER, SECTORS, STATUS, config, disk, image, put_header, range, request,
 };
-use super::{Block, BlockConfig};
+use super::{Block, BlockConfig, Disk};
 use crate::devices::virtio::testing::{Desc, FakeDriver, HIGH, LOW_END, NEXT, WRITE, r, w};
 
 const OK: u8 = 0;
@@ -231,8 +233,12 @@ fn an_image_that_cannot_be_written_fails_its_requests() {
         .write(true)
         .open("/dev/full")
         .unwrap();
-    let (_, mut driver) = disk(false);
-    driver.device.lock().unwrap().disk.file = full;
+    let stack = Stack::file(full, SECTORS * 512);
+    let block = Block::new(BlockConfig {
+        disk: Arc::new(Disk::new(stack, false)),
+        ..config(&image(), false)
+    });
+    let mut driver = FakeDriver::started(block.unwrap());
     assert_eq!(request(&mut driver, 1, 0, &[r(DATA, 512)]), IOERR);
 }
 

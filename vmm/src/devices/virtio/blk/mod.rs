@@ -1,15 +1,27 @@
-//! virtio-blk: a disk in a file (Virtio 1.2, section 5.2).
+//! virtio-blk: a disk (Virtio 1.2, section 5.2).
 //!
-//! Requests are carried out one after the other on the event loop, straight between the file and guest
+//! Requests are carried out one after the other on the event loop, straight between the disk's files and guest
 //! memory. While one waits for the host's disk, every other device waits too; that is acceptable as
 //! long as images live in the page cache.
+//!
+//! A [`Disk`] is content, whatever it is kept in: a file, or what a snapshot had with an overlay on it ([`stack`]). It can be read as it was at a
+//! moment while the guest writes on ([`backup`]).
 
+pub mod backup;
+pub mod block_map;
 mod device;
+mod disk;
+mod error;
 mod queue;
+pub mod stack;
 mod state;
 
-pub use device::{Block, BlockConfig, BlockError};
+pub use device::{Block, BlockConfig};
+pub use disk::Disk;
+pub use error::BlockError;
 
+#[cfg(test)]
+mod disk_tests;
 #[cfg(test)]
 mod hostile_tests;
 #[cfg(test)]

@@ -1,24 +1,21 @@
 //! Requests to a disk (Virtio 1.2, section 5.2.6), of any framing.
 //!
 //! A request that can be answered is: a bad one with IOERR, an unknown one with UNSUPP. Only a chain
-//! without room for the status stops the device. A request reaches the file only after every sector of
-//! it was found to be on the disk.
+//! without room for the status stops the device. A request reaches the disk's content only after every
+//! sector of it was found to be on the disk.
 //!
 //! A request may name the same guest memory many times, and the disk may be large and sparse: what one
 //! request moves is bounded by [`MAX_TRANSFER`], however much its buffers come to.
 
-use std::fs::File;
-use std::io::{self, ErrorKind};
+use std::io;
+use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
-
+use super::disk::Disk;
 use crate::devices::virtio::queue::{
     Buffers, Chain, QueueError, copy_from, copy_to, split_front, total_len,
 };
 use crate::devices::virtio::signal::Signal;
 use crate::devices::virtio::{GuestMemory, GuestSlice};
-use crate::sys::vectored;
 
 /// Bytes in a sector, whatever the block size.
 pub(super) const SECTOR: u64 = 512;
@@ -58,7 +55,7 @@ impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         use io::ErrorKind::{QuotaExceeded, StorageFull};
         Self::Io(match error.kind() {
-            StorageFull | QuotaExceeded => format!("{error}; make room where the disk's file is"),
+            StorageFull | QuotaExceeded => format!("{error}; make room where the disk is kept"),
             _ => error.to_string(),
         })
     }
@@ -70,15 +67,13 @@ impl From<&str> for Failure {
     }
 }
 
-/// The disk: a file and what the guest may do with it.
-pub(super) struct Disk {
-    pub(super) file: File,
-    pub(super) sectors: u64,
-    pub(super) read_only: bool,
+/// The disk, as requests see it.
+pub(super) struct Target {
+    pub(super) disk: Arc<Disk>,
     pub(super) serial: [u8; 20],
 }
 
-impl Disk {
+impl Target {
     /// Carries out the request in `chain` and writes its status; returns the used length, and adds the
     /// bytes that it may have moved to `moved`.
     pub(super) fn request<'m>(
@@ -132,7 +127,7 @@ impl Disk {
             request_type::IN => self.read(sector, writable),
             request_type::OUT => self.write(sector, readable),
             request_type::FLUSH => {
-                self.file.sync_data()?;
+                self.disk.flush()?;
                 Ok(0)
             }
             request_type::GET_ID => {
@@ -146,48 +141,32 @@ impl Disk {
 
     fn read(&self, sector: u64, mut slices: Vec<GuestSlice>) -> Result<u64, Failure> {
         let len = transfer(&slices)?;
-        let mut offset = self.offset(sector, len)?;
-        while !slices.is_empty() {
-            let done = retry(|| vectored::read_at(&self.file, &slices, offset))?;
-            if done == 0 {
-                return Err("the image has become shorter".into());
-            }
-            split_front(&mut slices, done);
-            offset += done as u64;
-        }
+        self.disk.read(&mut slices, self.offset(sector, len)?)?;
         Ok(len)
     }
 
     fn write(&self, sector: u64, slices: &mut Vec<GuestSlice>) -> Result<u64, Failure> {
-        if self.read_only {
+        if self.disk.read_only() {
             return Err("the disk is read-only".into());
         }
         let len = transfer(slices)?;
-        let mut offset = self.offset(sector, len)?;
-        while !slices.is_empty() {
-            let done = retry(|| vectored::write_at(&self.file, slices, offset))?;
-            if done == 0 {
-                return Err("the image takes no more".into());
-            }
-            split_front(slices, done);
-            offset += done as u64;
-        }
+        self.disk.write(slices, self.offset(sector, len)?)?;
         Ok(len)
     }
 
-    /// Where `sector` is in the file, if it and `len` bytes from it on are on the disk.
+    /// Where `sector` is, if it and `len` bytes from it on are on the disk.
     fn offset(&self, sector: u64, len: u64) -> Result<u64, Failure> {
         if len % SECTOR != 0 {
             return Err(Failure::Io(format!("{len} bytes are not whole sectors")));
         }
         sector
             .checked_add(len / SECTOR)
-            .filter(|&end| end <= self.sectors)
+            .filter(|&end| end <= self.disk.sectors())
             .map(|_| sector * SECTOR)
             .ok_or_else(|| {
                 Failure::Io(format!(
                     "sector {sector} and {len} bytes are past the end, {} sectors",
-                    self.sectors
+                    self.disk.sectors()
                 ))
             })
     }
@@ -195,7 +174,7 @@ impl Disk {
     /// DISCARD and WRITE_ZEROES: a list of ranges, all of which are checked before the first is done.
     /// Returns the bytes that may have been written.
     fn ranges(&self, kind: u32, readable: &[GuestSlice]) -> Result<u64, Failure> {
-        if self.read_only {
+        if self.disk.read_only() {
             // Neither is offered then.
             return Err(Failure::Unsupported);
         }
@@ -235,47 +214,14 @@ impl Disk {
         for (offset, len, unmap) in ranges {
             match (len, discard) {
                 (0, _) => {}
-                (_, true) => self.discard(offset, len)?,
+                (_, true) => self.disk.discard(offset, len)?,
                 (_, false) => {
-                    self.write_zeroes(offset, len, unmap)?;
+                    self.disk.write_zeroes(offset, len, unmap)?;
                     zeroed += len;
                 }
             }
         }
         Ok(zeroed)
-    }
-
-    /// Gives room back to the host, if its file system can. A discarded range then reads as zeroes.
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(&self.file, punch, offset, len) {
-            // A discard is a hint.
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-            result => Ok(result?),
-        }
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        let how = if unmap {
-            FallocateFlags::PUNCH_HOLE
-        } else {
-            FallocateFlags::ZERO_RANGE
-        };
-        match fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, offset, len) {
-            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
-                use std::os::unix::fs::FileExt;
-                let (zeroes, end) = ([0; 0x4000], offset + len);
-                let mut at = offset;
-                while at < end {
-                    let part = (end - at).min(zeroes.len() as u64);
-                    let part = usize::try_from(part).unwrap_or(zeroes.len());
-                    self.file.write_all_at(&zeroes[..part], at)?;
-                    at += part as u64;
-                }
-                Ok(())
-            }
-            result => Ok(result?),
-        }
     }
 }
 
@@ -297,13 +243,4 @@ fn le_words(bytes: &[u8]) -> [u32; 4] {
         *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
     }
     words
-}
-
-fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
-    loop {
-        match call() {
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            result => return result,
-        }
-    }
 }

@@ -11,8 +11,8 @@ impl Block {
     pub fn save(&self) -> BlockState {
         BlockState {
             id: self.id.clone(),
-            read_only: self.disk.read_only,
-            sectors: self.disk.sectors,
+            read_only: self.target.disk.read_only(),
+            sectors: self.target.disk.sectors(),
         }
     }
 
@@ -21,16 +21,17 @@ impl Block {
     pub fn restore(config: BlockConfig, state: &BlockState) -> Result<Self, BlockError> {
         let id = state.id.clone();
         let block = Self::new(BlockConfig { id, ..config })?;
-        if block.disk.read_only != state.read_only {
+        let disk = &block.target.disk;
+        if disk.read_only() != state.read_only {
             return Err(BlockError::SavedMode {
+                read_only: disk.read_only(),
                 path: block.path,
-                read_only: block.disk.read_only,
             });
         }
-        if block.disk.sectors != state.sectors {
+        if disk.sectors() != state.sectors {
             return Err(BlockError::SavedSize {
+                sectors: disk.sectors(),
                 path: block.path,
-                sectors: block.disk.sectors,
                 saved: state.sectors,
             });
         }

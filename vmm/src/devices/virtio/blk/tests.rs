@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
 
-use super::{Block, BlockConfig, BlockError};
+use super::{Block, BlockConfig, BlockError, Disk};
 use crate::devices::virtio::testing::{BUFFERS, Desc, FakeDriver, HIGH, r, w};
 
 /// Where the tests put a request's header, data and status.
@@ -24,11 +25,14 @@ pub(super) fn image() -> File {
     file
 }
 
+pub(super) fn open(file: &File, read_only: bool) -> Result<Disk, BlockError> {
+    Disk::of_file(file.try_clone().unwrap(), "disk.img".as_ref(), read_only)
+}
+
 pub(super) fn config(file: &File, read_only: bool) -> BlockConfig {
     BlockConfig {
-        file: file.try_clone().unwrap(),
+        disk: Arc::new(open(file, read_only).unwrap()),
         path: "disk.img".into(),
-        read_only,
         id: "root".into(),
     }
 }
@@ -195,7 +199,7 @@ fn an_odd_end_is_out_of_reach() {
 fn unusable_files_are_named() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(511).unwrap();
-    let error = Block::new(config(&file, true)).err().unwrap();
+    let error = open(&file, true).err().unwrap();
     assert_eq!(
         error.to_string(),
         "disk.img has 511 bytes, less than one sector of 512"
@@ -203,12 +207,12 @@ fn unusable_files_are_named() {
     let path = tempfile::NamedTempFile::new().unwrap();
     path.as_file().set_len(512).unwrap();
     let file = File::open(path.path()).unwrap();
-    let error = Block::new(config(&file, false)).err().unwrap();
+    let error = open(&file, false).err().unwrap();
     assert!(matches!(error, BlockError::NotWritable { .. }));
-    assert!(Block::new(config(&file, true)).is_ok());
+    assert!(open(&file, true).is_ok());
     for path in ["/dev", "/dev/zero"] {
         let file = File::open(path).unwrap();
-        let error = Block::new(config(&file, true)).err().unwrap();
+        let error = open(&file, true).err().unwrap();
         assert!(matches!(error, BlockError::Kind { .. }), "{path}");
     }
 }

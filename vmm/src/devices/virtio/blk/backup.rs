@@ -1,0 +1,163 @@
+//! What a disk was at one moment, while its guest writes on.
+//!
+//! From that moment on, the device saves each block in a [`Backup`] before it changes it for the first time. Whoever reads the disk of the moment
+//! reads a block from where it was, and only then asks whether it was saved meanwhile: if not, nobody had begun to change it. The device
+//! adds the block to the map between saving and changing it, with a full barrier on both sides.
+//!
+//! The guest does not suffer from a block that cannot be saved: its write is carried out, and the moment is lost.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, OnceLock};
+
+use snapshot_fmt::PAGE_SIZE;
+
+use super::block_map::BlockMap;
+use super::disk::Disk;
+use super::stack::{BLOCK, BlockBytes, Stack};
+
+/// The old content of blocks that were changed since a moment.
+#[derive(Debug)]
+pub(super) struct Backup {
+    file: File,
+    saved: BlockMap,
+    /// Why a block could not be saved, if that is so.
+    failure: OnceLock<(io::ErrorKind, String)>,
+}
+
+impl Backup {
+    /// Saves those of `blocks` that are not saved yet, as `stack` has them.
+    pub(super) fn save(&self, stack: &Stack, blocks: Range<u64>) {
+        for block in blocks {
+            if self.failure.get().is_some() {
+                return;
+            }
+            if self.saved.has(block) {
+                continue;
+            }
+            match self.save_block(stack, block) {
+                Ok(()) => self.saved.add(block..block + 1),
+                Err(error) => {
+                    let _ = self.failure.set((error.kind(), error.to_string()));
+                    fence(Ordering::SeqCst);
+                }
+            }
+        }
+    }
+
+    fn save_block(&self, stack: &Stack, block: u64) -> io::Result<()> {
+        let mut bytes = [0; PAGE_SIZE];
+        stack.read_block(block, &mut bytes)?;
+        // The file is zero already.
+        if bytes == [0; PAGE_SIZE] {
+            return Ok(());
+        }
+        self.file.write_all_at(&bytes, block * BLOCK)
+    }
+}
+
+/// All that is needed to hold a disk's content of a moment to come, so that the moment is short.
+pub struct Preparation {
+    disk: Arc<Disk>,
+    backup: Arc<Backup>,
+    changed: BlockMap,
+}
+
+impl Preparation {
+    /// `scratch`, of [`super::stack::scratch_file`], takes the old content of blocks.
+    pub fn new(disk: &Arc<Disk>, scratch: File) -> Self {
+        Self {
+            disk: Arc::clone(disk),
+            backup: Arc::new(Backup {
+                file: scratch,
+                saved: BlockMap::new(disk.blocks()),
+                failure: OnceLock::new(),
+            }),
+            changed: BlockMap::new(disk.blocks()),
+        }
+    }
+
+    /// The moment is now. No request is half done.
+    pub fn begin(self) -> Moment {
+        let Self {
+            disk,
+            backup,
+            changed,
+        } = self;
+        let (stack, changed) = disk.begin(&backup, changed);
+        Moment {
+            disk,
+            stack,
+            backup,
+            changed: Some(changed),
+        }
+    }
+}
+
+/// A disk as it was at a moment. Dropped, it is forgotten, as if it had never been asked for.
+pub struct Moment {
+    disk: Arc<Disk>,
+    stack: Arc<Stack>,
+    backup: Arc<Backup>,
+    /// The blocks that had been changed since the last moment that was kept. Absent once this one is kept.
+    changed: Option<BlockMap>,
+}
+
+impl Moment {
+    /// Blocks of the disk.
+    pub fn blocks(&self) -> u64 {
+        self.stack.blocks()
+    }
+
+    /// The next run of blocks from `from` on that had been changed since the last moment that was kept, or since the disk was made.
+    pub fn next_changed(&self, from: u64) -> Option<Range<u64>> {
+        self.changed.as_ref()?.run(from..self.blocks())
+    }
+
+    /// The next run of blocks from `from` on that need not have been zero.
+    pub fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        let data = self.stack.next_data(from)?;
+        // What is a hole now may have been made one since.
+        fence(Ordering::SeqCst);
+        let before = data.as_ref().map_or(self.blocks(), |run| run.start);
+        Ok(self.backup.saved.run(from..before).or(data))
+    }
+
+    /// Reads a block.
+    pub fn read(&self, block: u64, bytes: &mut BlockBytes) -> io::Result<()> {
+        let read = self.stack.read_block(block, bytes);
+        fence(Ordering::SeqCst);
+        if self.backup.saved.has(block) {
+            return self.backup.file.read_exact_at(bytes, block * BLOCK);
+        }
+        match self.backup.failure.get() {
+            Some((kind, what)) => Err(io::Error::new(
+                *kind,
+                format!("a block that the guest changed cannot be kept: {what}"),
+            )),
+            None => read,
+        }
+    }
+
+    /// Nobody reads from it any more: the guest's writes are on their own again.
+    pub fn release(&self) {
+        self.disk.release(&self.backup);
+    }
+
+    /// What it was is kept: what changes from the moment on, is what has changed.
+    pub fn keep(mut self) {
+        self.changed = None;
+    }
+}
+
+impl Drop for Moment {
+    fn drop(&mut self) {
+        self.release();
+        if let Some(changed) = self.changed.take() {
+            self.disk.add_changed(&changed);
+        }
+    }
+}

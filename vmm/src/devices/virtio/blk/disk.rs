@@ -1,0 +1,190 @@
+//! A disk: the content that requests are about, and what is known of its changes.
+//!
+//! The device changes it, in the event loop; whoever saves it reads beside that (see [`super::backup`]).
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{OFlags, fcntl_getfl};
+
+use super::BlockError;
+use super::backup::Backup;
+use super::block_map::BlockMap;
+use super::queue::SECTOR;
+use super::stack::{BLOCK, BlockSource, Overlay, Stack, blocks_of, scratch_file};
+use crate::devices::virtio::GuestSlice;
+use crate::devices::virtio::queue::total_len;
+
+/// A disk. Offsets and lengths are in bytes, and on the disk.
+pub struct Disk {
+    bytes: u64,
+    read_only: bool,
+    live: Mutex<Live>,
+}
+
+struct Live {
+    stack: Arc<Stack>,
+    /// What was changed since the disk was last saved, or since it was made.
+    changed: BlockMap,
+    /// What must be saved before it is changed.
+    backups: Vec<Arc<Backup>>,
+}
+
+impl Disk {
+    /// The disk in `file`, a regular file or a block device that `path` names in messages. The last bytes that do not fill a
+    /// sector are out of the guest's reach, with a warning.
+    pub fn of_file(mut file: File, path: &Path, read_only: bool) -> Result<Self, BlockError> {
+        let path = || path.to_owned();
+        let unknown = |source| BlockError::Size {
+            path: path(),
+            source,
+        };
+        let kind = file.metadata().map_err(unknown)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(BlockError::Kind { path: path() });
+        }
+        // The size of a block device is not in its metadata.
+        let len = file.seek(SeekFrom::End(0)).map_err(unknown)?;
+        let sectors = len / SECTOR;
+        if sectors == 0 {
+            return Err(BlockError::TooSmall { path: path(), len });
+        }
+        if len % SECTOR != 0 {
+            log::warn!(
+                "{}: the last {} bytes do not fill a sector and are not part of the disk",
+                path().display(),
+                len % SECTOR
+            );
+        }
+        let writable = fcntl_getfl(&file).map(|flags| flags & OFlags::ACCMODE != OFlags::RDONLY);
+        if !read_only && !writable.unwrap_or(false) {
+            return Err(BlockError::NotWritable { path: path() });
+        }
+        Ok(Self::new(Stack::file(file, sectors * SECTOR), read_only))
+    }
+
+    /// A writable disk of `sectors` sectors that was saved and goes on from there. What is written to it goes into a file without a
+    /// name in the directory `dir`, and with the disk; `name` is what that is called while it is made.
+    pub fn of_saved(
+        source: Arc<dyn BlockSource>,
+        sectors: u64,
+        dir: &Path,
+        name: &str,
+    ) -> Result<Self, BlockError> {
+        let blocks = source.blocks();
+        // Checked before anything is counted in bytes: both numbers come from files.
+        if sectors == 0 || sectors.div_ceil(BLOCK / SECTOR) != blocks {
+            return Err(BlockError::SavedBlocks { blocks, sectors });
+        }
+        let scratch = scratch_file(dir, name, blocks).map_err(|source| BlockError::Overlay {
+            dir: dir.to_owned(),
+            source,
+        })?;
+        let overlays = vec![Arc::new(Overlay::new(scratch, blocks))];
+        Ok(Self::new(
+            Stack::saved(source, overlays, sectors * SECTOR),
+            false,
+        ))
+    }
+
+    /// A disk of these blocks.
+    pub(super) fn new(stack: Stack, read_only: bool) -> Self {
+        // Nothing of a disk that is only read changes.
+        let changes = if read_only { 0 } else { stack.blocks() };
+        Self {
+            bytes: stack.bytes(),
+            read_only,
+            live: Mutex::new(Live {
+                stack: Arc::new(stack),
+                changed: BlockMap::new(changes),
+                backups: Vec::new(),
+            }),
+        }
+    }
+
+    /// Sectors of 512 bytes.
+    pub fn sectors(&self) -> u64 {
+        self.bytes / SECTOR
+    }
+
+    /// Blocks, the last of which may lie on the disk in part.
+    pub fn blocks(&self) -> u64 {
+        self.bytes.div_ceil(BLOCK)
+    }
+
+    /// Whether the guest may only read.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Fills `slices` from `offset` on.
+    pub(super) fn read(&self, slices: &mut Vec<GuestSlice>, offset: u64) -> io::Result<()> {
+        self.lock().stack.read(slices, offset)
+    }
+
+    /// Writes `slices` from `offset` on.
+    pub(super) fn write(&self, slices: &mut Vec<GuestSlice>, offset: u64) -> io::Result<()> {
+        let live = self.lock();
+        live.will_change(blocks_of(offset, total_len(slices)));
+        live.stack.write(slices, offset)
+    }
+
+    /// Waits until what was written is on the host's disk.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        self.lock().stack.flush()
+    }
+
+    /// Gives room back to the host, if it can. That is a hint, and not taken while blocks would have to be saved for it.
+    pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let live = self.lock();
+        if !live.backups.is_empty() {
+            return Ok(());
+        }
+        live.will_change(blocks_of(offset, len));
+        live.stack.discard(offset, len)
+    }
+
+    /// Makes a range zero; with `unmap`, it need not keep its room.
+    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let live = self.lock();
+        live.will_change(blocks_of(offset, len));
+        live.stack.write_zeroes(offset, len, unmap)
+    }
+
+    /// From now on `backup` gets what is changed. Returns what the disk is now, and what was changed until now; `changed` goes on, empty.
+    pub(super) fn begin(&self, backup: &Arc<Backup>, changed: BlockMap) -> (Arc<Stack>, BlockMap) {
+        let mut live = self.lock();
+        live.backups.push(Arc::clone(backup));
+        let before = std::mem::replace(&mut live.changed, changed);
+        (Arc::clone(&live.stack), before)
+    }
+
+    /// `backup` needs no more.
+    pub(super) fn release(&self, backup: &Arc<Backup>) {
+        self.lock()
+            .backups
+            .retain(|other| !Arc::ptr_eq(other, backup));
+    }
+
+    /// Counts what had been changed before a moment that is not kept.
+    pub(super) fn add_changed(&self, changed: &BlockMap) {
+        self.lock().changed.merge(changed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Live {
+    fn will_change(&self, blocks: Range<u64>) {
+        for backup in &self.backups {
+            backup.save(&self.stack, blocks.clone());
+        }
+        self.changed.add(blocks);
+    }
+}
