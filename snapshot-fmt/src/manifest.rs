@@ -22,6 +22,10 @@ pub const MANIFEST: &str = "manifest.json";
 pub const STATE: &str = "state.bin";
 /// File name of the layer of guest memory.
 pub const MEMORY: &str = "memory.layer";
+/// What the file name of a disk's layer begins with; the number of its drive and [`LAYER`] follow.
+const DISK: &str = "disk-";
+/// What the file name of a layer ends with.
+const LAYER: &str = ".layer";
 /// File name of a working set, which no manifest lists.
 pub const WORKING_SET: &str = "working-set";
 /// The format that is written, and the newest that is read.
@@ -107,10 +111,10 @@ pub struct KernelFile {
     pub digest: Option<Digest>,
 }
 
-/// A disk, whose content is no part of the snapshot unless it has a layer.
+/// A disk. The content of one that the guest may write to is the snapshot's, in the layer [`disk_layer`]; that of others is none of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drive {
-    /// Its file.
+    /// Its file; where the guest may write, the one that it had when it booted.
     pub path: String,
     /// Whether the guest may only read.
     pub read_only: bool,
@@ -118,7 +122,7 @@ pub struct Drive {
     pub interface: String,
     /// Size in bytes.
     pub bytes: u64,
-    /// When the file was last modified, in nanoseconds since 1970.
+    /// When the file was last modified, in nanoseconds since 1970; 0 where the guest may write.
     pub mtime_ns: u64,
     /// What it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -191,6 +195,34 @@ impl Machine {
         }
         (0 < pages && pages <= PAGES_MAX).then_some(pages)
     }
+
+    /// Pages that the layer `name` spans; `None` where this does not say.
+    pub fn pages_of(&self, name: &str) -> Option<u64> {
+        if name == MEMORY {
+            return self.total_pages();
+        }
+        let drive = self.drives.get(drive_of(name)?)?;
+        Some(drive.bytes.div_ceil(PAGE_BYTES))
+    }
+
+    /// The numbers of the drives that the guest may write to, each of which has a layer.
+    pub fn writable_drives(&self) -> impl Iterator<Item = usize> {
+        let drives = self.drives.iter().enumerate();
+        drives.filter_map(|(number, drive)| (!drive.read_only).then_some(number))
+    }
+}
+
+/// File name of the layer of a disk: the drive `drive` of the manifest, counted from 0.
+pub fn disk_layer(drive: usize) -> String {
+    format!("{DISK}{drive}{LAYER}")
+}
+
+/// The drive whose layer is called so.
+fn drive_of(name: &str) -> Option<usize> {
+    let number = name.strip_prefix(DISK)?.strip_suffix(LAYER)?;
+    let drive = number.parse().ok()?;
+    // One disk has one name.
+    (disk_layer(drive) == name).then_some(drive)
 }
 
 impl Manifest {
@@ -270,8 +302,27 @@ impl Manifest {
             return Some(format!("{name:?} is no name of a snapshot's file"));
         }
         names.sort_unstable();
-        let twice = names.windows(2).find(|pair| pair[0] == pair[1])?;
-        Some(format!("it has two files {:?}", twice[0]))
+        if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Some(format!("it has two files {:?}", twice[0]));
+        }
+        self.mistake_of_disks()
+    }
+
+    /// Disks that the guest may write to have a layer each, and no others have.
+    fn mistake_of_disks(&self) -> Option<String> {
+        let writable: Vec<usize> = self.machine.writable_drives().collect();
+        let lacks = |drive: &&usize| self.file(&disk_layer(**drive)).is_none();
+        if let Some(drive) = writable.iter().find(lacks) {
+            let layer = disk_layer(*drive);
+            return Some(format!(
+                "the guest may write to drive {drive}, but there is no {layer}"
+            ));
+        }
+        let mut drives = self.files.iter().filter_map(|file| drive_of(&file.name));
+        let drive = drives.find(|drive| !writable.contains(drive))?;
+        Some(format!(
+            "it has a layer of drive {drive}, to which no guest may write"
+        ))
     }
 }
 
@@ -285,7 +336,7 @@ pub fn is_name(name: &str) -> bool {
 
 /// `state.bin` or a layer: nothing that leads out of the directory, nothing that stands for another file of it.
 fn is_file_name(name: &str) -> bool {
-    name == STATE || name.strip_suffix(".layer").is_some_and(is_name)
+    name == STATE || name.strip_suffix(LAYER).is_some_and(is_name)
 }
 
 /// Refuses what a newer program wrote before it is looked at any closer.

@@ -65,12 +65,13 @@ impl Snapshot {
         let path = self.path(name);
         let layer = Layer::open(open(&path, Kind::Layer.name())?, &path)?;
         self.check(&path, entry, layer.bytes(), layer.digest())?;
-        let total_pages = self.manifest.machine.total_pages();
-        if name == MEMORY && total_pages != Some(layer.total_pages()) {
-            let what = "the layer spans another memory than the manifest describes";
-            return Err(corrupt(&path, what));
+        match self.manifest.machine.pages_of(name) {
+            Some(pages) if pages != layer.total_pages() => {
+                let what = "the layer spans another memory or disk than the manifest describes";
+                Err(corrupt(&path, what))
+            }
+            _ => Ok(layer),
         }
-        Ok(layer)
     }
 
     /// Reads the state.

@@ -3,19 +3,21 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 
-use common::{FILES, read_all};
+use common::{FILES, read_all, write_all};
 use snapshot_fmt::digest::Digest;
 use snapshot_fmt::error::FormatError;
 use snapshot_fmt::header::HEADER_LEN;
 use snapshot_fmt::layer::offset_of_stored;
+use snapshot_fmt::manifest::{FileEntry, Manifest};
+use snapshot_fmt::snapshot::Snapshot;
 
 /// Every file, and its bytes.
 fn each_file(mut with: impl FnMut(&Path, Vec<u8>)) {
     let dir = tempfile::tempdir().unwrap();
-    common::write_all(dir.path());
+    write_all(dir.path());
     for name in FILES {
         let path = dir.path().join(name);
         read_all(&path).unwrap();
@@ -161,7 +163,7 @@ fn made_up_numbers_are_refused_before_anything_is_allocated() {
 #[test]
 fn made_up_extents_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    common::write_all(dir.path());
+    write_all(dir.path());
     let path = dir.path().join("child.layer");
     let bytes = fs::read(&path).unwrap();
     let index = offset_of_stored(2) as usize;
@@ -225,7 +227,7 @@ fn made_up_extents_are_refused() {
 #[test]
 fn a_file_of_another_kind_is_not_ours() {
     let dir = tempfile::tempdir().unwrap();
-    common::write_all(dir.path());
+    write_all(dir.path());
     let path = dir.path().join("working-set");
     for (from, at) in [("memory.layer", 8), ("manifest.json", 0)] {
         fs::copy(dir.path().join(from), &path).unwrap();
@@ -245,7 +247,7 @@ fn fields_that_nobody_knows_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("state.bin");
     let state = serde_json::json!({"name": "", "number": 1, "blob": "", "more": {"deep": 1}});
-    let file = fs::File::create(&path).unwrap();
+    let file = File::create(&path).unwrap();
     snapshot_fmt::state_file::write(&file, &path, &state).unwrap();
     let error = read_all(&path).unwrap_err().to_string();
     assert!(error.contains("does not know the field more"), "{error}");
@@ -278,7 +280,7 @@ fn names_that_lead_elsewhere_are_neither_written_nor_read() {
         "",
     ] {
         let mut manifest = common::sample_manifest(Vec::new());
-        let entry = |name: &str| snapshot_fmt::manifest::FileEntry {
+        let entry = |name: &str| FileEntry {
             name: name.to_owned(),
             bytes: 1,
             digest: Digest::of(b""),
@@ -300,9 +302,55 @@ fn names_that_lead_elsewhere_are_neither_written_nor_read() {
 
 /// Frames that their table covers, but that are no snapshot's.
 #[test]
+fn disks_that_can_be_written_have_layers_of_their_size_and_no_others_have() {
+    let dir = tempfile::tempdir().unwrap();
+    write_all(dir.path());
+    let path = dir.path().join("manifest.json");
+    let sealed = |writable: bool, layers: &[&str]| {
+        let mut manifest = Manifest::read(File::open(&path).unwrap(), &path).unwrap();
+        manifest.machine.drives[0].read_only = !writable;
+        // A page and a half is two pages.
+        manifest.machine.drives[0].bytes = 6144;
+        let child = manifest.file("child.layer").unwrap().clone();
+        for name in layers {
+            fs::copy(dir.path().join("child.layer"), dir.path().join(name)).unwrap();
+            manifest.files.push(FileEntry {
+                name: (*name).to_owned(),
+                ..child.clone()
+            });
+        }
+        manifest.seal(&path)
+    };
+    for (writable, layers, says) in [
+        (true, &[][..], "there is no disk-0.layer"),
+        (true, &["disk-00.layer"], "there is no disk-0.layer"),
+        (false, &["disk-0.layer"], "a layer of drive 0"),
+        (
+            true,
+            &["disk-0.layer", "disk-1.layer"],
+            "a layer of drive 1",
+        ),
+    ] {
+        let error = sealed(writable, layers).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+    // The layer spans 1024 pages.
+    fs::write(&path, sealed(true, &["disk-0.layer"]).unwrap()).unwrap();
+    let snapshot = Snapshot::open(dir.path()).unwrap();
+    let machine = &snapshot.manifest().machine;
+    assert_eq!(machine.pages_of("disk-0.layer"), Some(2));
+    assert_eq!(machine.pages_of("child.layer"), None);
+    let error = snapshot.verify().unwrap_err().to_string();
+    assert!(
+        error.contains("disk-0.layer") && error.contains("spans another"),
+        "{error}"
+    );
+}
+
+#[test]
 fn made_up_frames_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    common::write_all(dir.path());
+    write_all(dir.path());
     let path = dir.path().join("sample.bough");
     let bytes = fs::read(&path).unwrap();
     let frames = usize::from(bytes[16]);
@@ -336,7 +384,7 @@ fn made_up_frames_are_refused() {
 #[test]
 fn a_page_that_is_changed_with_its_hash_is_found() {
     let dir = tempfile::tempdir().unwrap();
-    common::write_all(dir.path());
+    write_all(dir.path());
     let path = dir.path().join("child.layer");
     let mut bytes = fs::read(&path).unwrap();
     let hashes = bytes.len() - 2 * 16;

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use snapshot_fmt::PAGE_SIZE;
 use snapshot_fmt::delta::DeltaWriter;
 use snapshot_fmt::manifest::{
-    CpuFingerprint, FileEntry, KernelFile, MEMORY, Machine, Manifest, MemoryRange, STATE,
+    CpuFingerprint, Drive, FileEntry, KernelFile, MEMORY, Machine, Manifest, MemoryRange, STATE,
 };
 use snapshot_fmt::state_file;
 use tempfile::TempDir;
@@ -15,6 +15,8 @@ use super::remove::{GcLimits, Removed};
 use super::*;
 
 const PAGES: u64 = 64;
+/// The layer of a disk that is what memory is.
+const DISK: &str = "disk-0.layer";
 
 /// A store in a directory of its own.
 fn store() -> (TempDir, Store) {
@@ -23,19 +25,22 @@ fn store() -> (TempDir, Store) {
     (dir, store)
 }
 
-/// Writes a snapshot's files to a draft: `pages` are `fill`, the rest is the parent's.
+/// Writes a snapshot's files to a draft: `pages` are `fill`, the rest is the parent's, in memory as on the disk.
 fn draft(store: &Store, parent: Option<&Snapshot>, pages: &[u64], fill: u8) -> (Draft, Manifest) {
     let draft = store.begin().unwrap();
     let path = draft.path().join(STATE);
     let state = state_file::write(&File::create(&path).unwrap(), &path, &"a state").unwrap();
-    let below = parent.map(|parent| store.chain(parent, MEMORY).unwrap());
-    let path = draft.path().join(MEMORY);
-    let mut layer =
-        DeltaWriter::new(File::create(&path).unwrap(), &path, PAGES, below.as_ref()).unwrap();
-    for &page in pages {
-        layer.put(page, &[fill; PAGE_SIZE]).unwrap();
-    }
-    let (memory, _) = layer.finish().unwrap();
+    let layer = |name: &str| {
+        let below = parent.map(|parent| store.chain(parent, name).unwrap());
+        let path = draft.path().join(name);
+        let file = File::create(&path).unwrap();
+        let mut layer = DeltaWriter::new(file, &path, PAGES, below.as_ref()).unwrap();
+        for &page in pages {
+            layer.put(page, &[fill; PAGE_SIZE]).unwrap();
+        }
+        layer.finish().unwrap().0
+    };
+    let (memory, disk) = (layer(MEMORY), layer(DISK));
     let entry = |name: &str, bytes, digest| FileEntry {
         name: name.to_owned(),
         bytes,
@@ -59,7 +64,14 @@ fn draft(store: &Store, parent: Option<&Snapshot>, pages: &[u64], fill: u8) -> (
                 digest: None,
             },
             cmdline: String::new(),
-            drives: Vec::new(),
+            drives: vec![Drive {
+                path: "disk".to_owned(),
+                read_only: false,
+                interface: "blk".to_owned(),
+                bytes: PAGES << 12,
+                mtime_ns: 0,
+                digest: None,
+            }],
             vsock_cid: None,
         },
         programs: Default::default(),
@@ -72,6 +84,7 @@ fn draft(store: &Store, parent: Option<&Snapshot>, pages: &[u64], fill: u8) -> (
         files: vec![
             entry(STATE, state.bytes, state.digest),
             entry(MEMORY, memory.bytes, memory.digest),
+            entry(DISK, disk.bytes, disk.digest),
         ],
     };
     (draft, manifest)
@@ -96,17 +109,19 @@ fn ids(store: &Store) -> Vec<Digest> {
     store.all().unwrap().iter().map(|entry| entry.id).collect()
 }
 
-/// First bytes of all pages.
+/// First bytes of all pages, in memory as on the disk.
 fn content(store: &Store, snapshot: &Snapshot) -> Vec<u8> {
-    let chain = store.chain(snapshot, MEMORY).unwrap();
-    let mut bytes = [0; PAGE_SIZE];
-    let pages = 0..chain.total_pages();
-    pages
-        .map(|page| {
+    let [memory, disk] = [MEMORY, DISK].map(|layer| {
+        let chain = store.chain(snapshot, layer).unwrap();
+        let mut bytes = [0; PAGE_SIZE];
+        let first_byte = |page| {
             chain.read_page(page, &mut bytes).unwrap();
             bytes[0]
-        })
-        .collect()
+        };
+        (0..chain.total_pages()).map(first_byte).collect::<Vec<_>>()
+    });
+    assert_eq!(memory, disk);
+    memory
 }
 
 #[test]
@@ -313,8 +328,10 @@ fn derived_snapshots_have_the_same_content() {
     );
     assert_eq!(content(&store, &rebased), expected);
     // Page 1 is new, page 2 is the parent's, page 9 is zero.
-    let layer = rebased.layer(MEMORY).unwrap();
-    assert_eq!((layer.data_pages(), layer.zero_pages()), (1, 1));
+    for layer in [MEMORY, DISK] {
+        let layer = rebased.layer(layer).unwrap();
+        assert_eq!((layer.data_pages(), layer.zero_pages()), (1, 1));
+    }
     for snapshot in [&flat, &rebased] {
         snapshot.verify().unwrap();
     }
