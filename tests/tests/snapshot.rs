@@ -6,6 +6,8 @@
 mod chains;
 #[path = "snapshot/copies.rs"]
 mod copies;
+#[path = "snapshot/disks.rs"]
+mod disks;
 #[path = "snapshot/going_on.rs"]
 mod going_on;
 #[path = "snapshot/guest.rs"]
@@ -51,16 +53,17 @@ fn main() -> ExitCode {
             copies::identity,
         ),
         test("many_copies_work_at_once", Guest, copies::many),
+        test("each_copy_has_disks_of_its_own", Guest, disks::copies),
+        test(
+            "a_disk_is_saved_as_of_the_moment_of_memory",
+            Guest,
+            disks::one_moment,
+        ),
         test("the_second_run_need_not_boot", Guest, kept_boots::runs),
         test(
             "what_is_not_as_it_was_is_refused",
             Guest,
             refusals::not_as_it_was,
-        ),
-        test(
-            "a_disk_that_may_be_written_to_is_refused",
-            Guest,
-            refusals::writable_drive,
         ),
         test(
             "a_corrupt_page_ends_the_sandbox",

@@ -16,6 +16,7 @@ use snapshot_fmt::manifest::{self, CpuFingerprint, Programs};
 
 use crate::agent::{Agent, WarmRequest};
 use crate::config::VmConfig;
+use crate::devices::live::Disks;
 use crate::logger::complain;
 use crate::machine::Machine;
 use crate::pager::Mode;
@@ -76,8 +77,11 @@ struct Inputs {
 impl BootCache {
     /// The cache for the guest of `config`, in which an interpreter stands ready, if one is wanted. None where it cannot be cached: the guest may write to a disk, or there is no place.
     pub fn of(config: &VmConfig, interpreter: Option<WarmRequest>) -> Option<Self> {
+        if config.drives.iter().any(|drive| !drive.read_only) {
+            return None;
+        }
         let inputs = Inputs {
-            machine: describe(config).ok()?,
+            machine: describe(config, &Disks::new()).ok()?,
             kernel: Identity::of(&config.kernel).ok()?,
             monitor: Identity::of(Path::new("/proc/self/exe")).ok()?,
             cpu: cpu(),
@@ -128,6 +132,7 @@ impl BootCache {
             warm: warm.map(Into::into),
             name: Some(self.key.clone()),
             lineage: Lineage::default(),
+            parent_disks: None,
             parent: None,
         };
         take(order, &self.store)?;

@@ -5,6 +5,7 @@
 
 mod devices;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use crate::config::{ConfigError, VmConfig};
 use crate::devices::bus::BusError;
 use crate::devices::serial::SerialError;
 use crate::devices::virtio::blk::BlockError;
+use crate::devices::virtio::blk::stack::BlockSource;
 use crate::devices::virtio::mmio::TransportError;
 use crate::devices::virtio::pmem::PmemError;
 use crate::devices::virtio::rng::RngError;
@@ -130,11 +132,29 @@ pub enum Origin<'a> {
     Boot,
     /// A saved machine's next instruction.
     Saved {
-        /// All but memory.
+        /// All but memory and disks.
         state: &'a MachineState,
         /// Memory.
         pages: Pages,
+        /// The disks that the guest may write to.
+        disks: SavedDisks,
     },
+}
+
+/// A disk of a saved machine that its guest may write to.
+pub struct SavedDisk {
+    /// What it was.
+    pub source: Arc<dyn BlockSource>,
+    /// Its size in sectors of 512 bytes.
+    pub sectors: u64,
+}
+
+/// The disks of a saved machine that its guest may write to.
+pub struct SavedDisks {
+    /// They, by the numbers of their drives.
+    pub disks: BTreeMap<usize, SavedDisk>,
+    /// The directory in whose file system is kept what the guest writes to them.
+    pub dir: PathBuf,
 }
 
 /// An [`Origin`] whose files are open.
@@ -207,16 +227,19 @@ pub fn build(
     let ram_end = ram.first().map_or(0, |(start, len)| start + len);
     let (start, saved) = match origin {
         Origin::Boot => (Start::Kernel(Kernel::open(&config.kernel, ram_end)?), None),
-        Origin::Saved { state, pages } => (Start::Saved(state, pages), Some(state)),
+        Origin::Saved {
+            state,
+            pages,
+            disks,
+        } => (Start::Saved(state, pages), Some((&state.devices, disks))),
     };
-    let (mut devices, live) =
-        Devices::new(config, &memory, files, saved.map(|state| &state.devices))?;
+    let (mut devices, live) = Devices::new(config, &memory, files, saved)?;
     timings.mark("inputs checked");
 
     let kind = KvmKind::detect();
     let cpus = u8::try_from(config.cpus).unwrap_or(u8::MAX);
     let software = kind == KvmKind::Software;
-    let (vcpus, pager) = std::thread::scope(|scope| -> Result<_, BuildError> {
+    let (vcpus, pager, saved) = std::thread::scope(|scope| -> Result<_, BuildError> {
         let slots = (!registered).then(|| {
             scope.spawn(|| {
                 let files = devices.files.iter().map(|(start, file)| (*start, file));
@@ -230,14 +253,14 @@ pub fn build(
                 platform::restore(&vm, &state.platform)?;
                 let vcpus = vcpu::restore(&kvm, &vm, &state.vcpus, software)?;
                 timings.mark("processors restored");
-                Ok((vcpus, Some(pager)))
+                Ok((vcpus, Some(pager), Some(state)))
             }
             Start::Kernel(kernel) => {
                 let cmdline = devices.cmdline(config, kind);
                 let entry = || load(kernel, &memory, &ram, &cmdline, cpus);
                 let vcpus = boot_vcpus(&kvm, &vm, cpus, software, entry);
                 timings.mark("kernel loaded");
-                vcpus.map(|vcpus| (vcpus, None))
+                vcpus.map(|vcpus| (vcpus, None, None))
             }
         };
         let joined = slots.map_or(Ok(Ok(())), |slots| slots.join());

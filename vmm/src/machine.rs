@@ -10,7 +10,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use snapshot_fmt::state::machine::MachineState;
 use snapshot_fmt::state::vcpu::VcpuState;
 
-use crate::devices::live::LiveDevices;
+use crate::devices::live::{Disks, LiveDevices};
 use crate::devices::serial::ConsoleTail;
 use crate::event_loop::{EventLoop, EventLoopError, QuiesceError, Subscriber};
 use crate::exit::ExitLatch;
@@ -210,6 +210,11 @@ impl Machine {
     /// Guest memory.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// The disks that its guest may write to.
+    pub fn disks(&self) -> &Disks {
+        &self.devices.disks
     }
 
     /// What brings its memory, where it was saved before.

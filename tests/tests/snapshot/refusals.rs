@@ -75,29 +75,6 @@ pub fn not_as_it_was() -> Result<(), Failed> {
     host.expect_ls(&[])
 }
 
-/// The disk would not be that of the moment. The guest works on.
-pub fn writable_drive() -> Result<(), Failed> {
-    let host = Host::new()?;
-    let disk = host.path().join("disk");
-    fs::write(&disk, [0; 4096])?;
-    host.ok(&["start", "one", "--drive", &disk.to_string_lossy()])?;
-    host.refused(
-        &["snapshot", "one"],
-        &[
-            "one: ",
-            "disk",
-            "a disk that the guest may write to",
-            "make it read-only",
-        ],
-    )?;
-    host.ok(&["exec", "one", "--", "echo", "well"])?
-        .expect_stdout("well\n")?;
-    if fs::read_dir(host.data().join("snapshots")).is_ok_and(|entries| entries.count() > 1) {
-        return Err("something was kept".into());
-    }
-    Ok(())
-}
-
 /// A page of a file, whose byte on the disk has changed, is wanted by a program.
 pub fn corrupt_page() -> Result<(), Failed> {
     const MARK: &[u8] = b"here it is";

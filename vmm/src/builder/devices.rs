@@ -15,13 +15,13 @@ use snapshot_fmt::state::serial::SerialState;
 use snapshot_fmt::state::virtio::{VirtioDeviceState, VirtioMmioState, VirtioState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::BuildError;
+use super::{BuildError, SavedDisks};
 use crate::agent::AGENT_PORT;
 use crate::arch::x86_64::layout;
 use crate::config::{ConsoleConfig, DriveConfig, DriveInterface, VmConfig, VsockConfig};
 use crate::console_log::ConsoleLog;
 use crate::devices::bus::Bus;
-use crate::devices::live::LiveDevices;
+use crate::devices::live::{Disks, LiveDevices};
 use crate::devices::serial::{ConsoleTail, Keyboard, SerialPort};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Block, BlockConfig, Disk};
@@ -62,6 +62,10 @@ pub(super) struct Devices<'a> {
     memory: Arc<GuestMemory>,
     /// The states that the devices still to be made continue from; none for a machine that boots.
     saved: Option<Iter<'a, VirtioState>>,
+    /// What saved disks continue from.
+    saved_disks: Option<SavedDisks>,
+    /// The disks that the guest may write to.
+    disks: Disks,
     pub pio: Bus,
     pub mmio: Bus,
     /// GSI and line of each device that interrupts.
@@ -130,11 +134,14 @@ impl<'a> Devices<'a> {
         config: &VmConfig,
         memory: &Arc<GuestMemory>,
         mapped: Vec<MappedFile>,
-        saved: Option<&'a DeviceStates>,
+        saved: Option<(&'a DeviceStates, SavedDisks)>,
     ) -> Result<(Self, LiveDevices), BuildError> {
+        let (saved, saved_disks) = saved.unzip();
         let mut devices = Self {
             memory: Arc::clone(memory),
             saved: saved.map(|saved| saved.virtio.iter()),
+            saved_disks,
+            disks: Disks::new(),
             pio: Bus::default(),
             mmio: Bus::default(),
             irqs: Vec::new(),
@@ -164,8 +171,12 @@ impl<'a> Devices<'a> {
         }
         // Last: a file for the console is made anew only where nothing else was refused.
         let serial = devices.add_serial(&config.console, saved.map(|saved| &saved.serial))?;
-        let virtio = std::mem::take(&mut devices.transports);
-        Ok((devices, LiveDevices { serial, virtio }))
+        let live = LiveDevices {
+            serial,
+            virtio: std::mem::take(&mut devices.transports),
+            disks: std::mem::take(&mut devices.disks),
+        };
+        Ok((devices, live))
     }
 
     /// The state that the next virtio device continues from, `None` for a machine that boots.
@@ -230,10 +241,17 @@ impl<'a> Devices<'a> {
         let id = format!("drive-{index}");
         let file_system = match config.interface {
             DriveInterface::Block => {
-                let Drive { file, file_system } = Drive::open(config)?;
                 let path = config.path.clone();
-                let disk = Arc::new(Disk::of_file(file, &path, config.read_only)?);
-                self.add_block(BlockConfig { disk, path, id })?;
+                if let Some(saved) = self.saved_disks.as_ref().filter(|_| !config.read_only) {
+                    let disk = saved.disks.get(&index);
+                    let disk = disk.ok_or(BuildError::OtherDevices("a disk has no content"))?;
+                    let source = Arc::clone(&disk.source);
+                    let disk = Disk::of_saved(source, disk.sectors, &saved.dir, &id)?;
+                    return self.add_block(index, disk, path, id);
+                }
+                let Drive { file, file_system } = Drive::open(config)?;
+                let disk = Disk::of_file(file, &path, config.read_only)?;
+                self.add_block(index, disk, path, id)?;
                 file_system
             }
             DriveInterface::Pmem => self.add_pmem(id)?,
@@ -248,7 +266,18 @@ impl<'a> Devices<'a> {
         Ok(())
     }
 
-    fn add_block(&mut self, config: BlockConfig) -> Result<(), BuildError> {
+    fn add_block(
+        &mut self,
+        index: usize,
+        disk: Disk,
+        path: PathBuf,
+        id: String,
+    ) -> Result<(), BuildError> {
+        let disk = Arc::new(disk);
+        if !disk.read_only() {
+            self.disks.insert(index, Arc::clone(&disk));
+        }
+        let config = BlockConfig { disk, path, id };
         match self.next_saved()? {
             None => self.add_virtio(Block::new(config)?, None),
             Some(VirtioState {

@@ -162,7 +162,7 @@ pub fn monitor(
     let record = record(&sandbox, &launch, &config);
     sandbox.publish(&record).map_err(bad)?;
     let ready = listen_for_agent(&paths)?;
-    let (machine, cache) = launch.make(&config, &timings)?;
+    let (machine, cache) = launch.make(&config, &paths, &timings)?;
     let machine = Arc::new(machine);
     let supervisor = launch
         .spec

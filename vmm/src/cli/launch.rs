@@ -61,7 +61,7 @@ impl Source {
 
     /// What the machine's memory begins with, where that is not zeros.
     pub fn origin(&self) -> Option<Arc<Chain>> {
-        self.saved().map(|saved| Arc::clone(&saved.chain))
+        self.saved().map(|saved| Arc::clone(&saved.chains.memory))
     }
 
     /// What the machine's first snapshot is a difference to.
@@ -106,11 +106,12 @@ impl Launch {
         }
     }
 
-    /// Makes the machine of `config`, and lets it run. Where one that was to boot has booted before, that goes on. What comes with it is where
+    /// Makes the machine of `config` in the sandbox at `paths`, and lets it run. Where one that was to boot has booted before, that goes on. What comes with it is where
     /// the boot is to be kept, if it is.
     pub fn make(
         &mut self,
         config: &VmConfig,
+        paths: &SandboxPaths,
         timings: &Arc<Timings>,
     ) -> Result<(Machine, Option<BootCache>), CliError> {
         let cache = self
@@ -121,7 +122,7 @@ impl Launch {
             && let Some(saved) = cache.find()
         {
             let cached = Source::Cached(Box::new(saved));
-            match build(config, &cached, None, timings) {
+            match build(config, paths, &cached, None, timings) {
                 Ok(machine) => {
                     self.source = cached;
                     return Ok((machine, None));
@@ -130,12 +131,13 @@ impl Launch {
             }
         }
         let shell = self.shell.take();
-        Ok((build(config, &self.source, shell, timings)?, cache))
+        Ok((build(config, paths, &self.source, shell, timings)?, cache))
     }
 }
 
 fn build(
     config: &VmConfig,
+    paths: &SandboxPaths,
     source: &Source,
     shell: Option<Shell>,
     timings: &Arc<Timings>,
@@ -143,6 +145,7 @@ fn build(
     let origin = source.saved().map_or(Origin::Boot, |saved| Origin::Saved {
         state: &saved.state,
         pages: saved.pages(),
+        disks: saved.disks(paths.dir()),
     });
     builder::build(config, origin, shell, timings)
 }

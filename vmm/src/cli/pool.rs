@@ -8,6 +8,7 @@ use super::launch::BootFiles;
 use super::vm_args::VmArgs;
 use super::{CliError, print};
 use crate::config::{ConsoleConfig, GUEST_CID, VsockConfig};
+use crate::devices::live::Disks;
 use crate::host;
 use crate::pool::demand::Bounds;
 use crate::pool::server::{Pool, PoolError};
@@ -51,7 +52,8 @@ pub fn pool(args: &PoolArgs) -> Result<u8, CliError> {
         cid: GUEST_CID,
         socket: "vsock.sock".into(),
     });
-    let machine = describe(&config).map_err(|error| CliError::BadInput(error.to_string()))?;
+    let machine =
+        describe(&config, &Disks::new()).map_err(|error| CliError::BadInput(error.to_string()))?;
     let signals = Signals::catch().map_err(failed)?;
     host::raise_open_files_limit();
     let dir = make_runtime_dir().map_err(|error| CliError::BadInput(error.to_string()))?;

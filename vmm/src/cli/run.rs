@@ -66,7 +66,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         Some(path) => ConsoleConfig::File(path.to_owned()),
     };
     let config = launch.config(sandbox.paths(), console)?;
-    let (machine, cache) = launch.make(&config, &timings)?;
+    let (machine, cache) = launch.make(&config, sandbox.paths(), &timings)?;
     let supervisor = launch
         .spec
         .supervisor(&machine, signals, start, Some(&sandbox));

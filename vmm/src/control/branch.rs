@@ -127,6 +127,10 @@ impl Control {
         }
         let (start, since) = (Instant::now(), monotonic_ns());
         let machine = self.machine()?;
+        if !machine.disks().is_empty() {
+            let message = "its guest may write to a drive, and children cannot share that yet: save the sandbox (vmm snapshot), and restore it as often as you want children";
+            return Err(ErrorBody::new(ErrorCode::Conflict, message));
+        }
         let (config, origin) = (&self.snapshots.config, self.snapshots.origin.as_deref());
         if origin.is_some_and(|origin| origin.layers().len() >= DEPTH_MAX) {
             let message = format!(
@@ -140,7 +144,7 @@ impl Control {
             timeout_ms: request.ttl_ms,
             labels: self.record.labels.clone(),
             branch: self.record.branch_point(),
-            machine: describe(config).map_err(refused)?,
+            machine: describe(config, machine.disks()).map_err(refused)?,
             programs: programs(&self.record),
             warm: self.record.warm.clone(),
             base: self

@@ -3,14 +3,16 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use snapshot_fmt::chain::Chain;
-use snapshot_fmt::manifest::{MEMORY, Programs};
+use snapshot_fmt::manifest::Programs;
 
 use super::types::{ErrorBody, ErrorCode, SnapshotRequest, SnapshotView};
 use crate::agent::Agent;
 use crate::config::VmConfig;
+use crate::devices::virtio::blk::backup::Moment;
 use crate::machine::Machine;
 use crate::sandbox::record::Record;
 use crate::snapshot::SnapshotError;
+use crate::snapshot::chains::Chains;
 use crate::snapshot::memory_layer::Lineage;
 use crate::snapshot::restore::Base;
 use crate::snapshot::save::{Order, Taken, take};
@@ -39,7 +41,7 @@ impl Snapshots {
     /// the first snapshot of the machine is a difference to it.
     pub fn new(config: VmConfig, origin: Option<Arc<Chain>>, base: Option<Base>) -> Self {
         let parent = base.clone().map(|snapshot| Parent {
-            covered: snapshot.chain.layers().len(),
+            covered: snapshot.chains.memory.layers().len(),
             snapshot,
         });
         Self {
@@ -81,22 +83,25 @@ impl Snapshots {
             name: request.name,
             lineage: Lineage {
                 origin: self.origin.as_deref(),
-                parent: base.map(|parent| &*parent.snapshot.chain),
+                parent: base.map(|parent| &*parent.snapshot.chains.memory),
                 covered: base.map_or(0, |parent| parent.covered),
             },
+            parent_disks: base.map(|parent| &parent.snapshot.chains.disks),
             parent: base.map(|parent| parent.snapshot.held.snapshot().id()),
         };
         let Taken {
             held,
             memory,
+            disks,
             times,
         } = take(order, &store)?;
         let manifest = held.snapshot().manifest().clone();
-        match store.chain(held.snapshot(), MEMORY) {
-            Ok(chain) => {
+        match Chains::open(&store, held.snapshot()) {
+            Ok(chains) => {
+                disks.into_iter().for_each(Moment::keep);
                 *parent = Some(Parent {
                     snapshot: Base {
-                        chain: Arc::new(chain),
+                        chains,
                         held: Arc::new(held),
                     },
                     covered: usize::MAX,
@@ -135,7 +140,6 @@ pub fn programs(record: &Record) -> Programs {
 
 pub(super) fn code(error: &SnapshotError) -> ErrorCode {
     match error {
-        SnapshotError::WritableDrive { .. } => ErrorCode::Conflict,
         SnapshotError::Store(StoreError::BadName { .. }) => ErrorCode::BadBody,
         _ => ErrorCode::Internal,
     }

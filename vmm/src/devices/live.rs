@@ -3,12 +3,17 @@
 //! The order is that in which they were built: a restored machine has the same devices at the same addresses, each made
 //! from its own state.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use snapshot_fmt::state::machine::DeviceStates;
 
 use super::serial::SerialPort;
+use super::virtio::blk::Disk;
 use super::virtio::mmio::MmioTransport;
+
+/// The disks that the guest may write to, by the numbers of their drives.
+pub type Disks = BTreeMap<usize, Arc<Disk>>;
 
 /// The devices that have a state. The keyboard controller's is none: only its reset line exists.
 pub struct LiveDevices {
@@ -16,6 +21,8 @@ pub struct LiveDevices {
     pub serial: Arc<Mutex<SerialPort>>,
     /// The transports with their devices, by ascending address.
     pub virtio: Vec<Arc<Mutex<MmioTransport>>>,
+    /// What is behind the disks among them, where it can change.
+    pub disks: Disks,
 }
 
 impl LiveDevices {

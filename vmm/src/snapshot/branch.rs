@@ -3,6 +3,7 @@
 //! It is a snapshot that never sees a disk: the state, and a layer over what the machine's own memory began with. Children map the layers privately,
 //! so they share what none of them writes to. The files live as long as anybody has them open or mapped, whoever of the family dies first.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -16,9 +17,10 @@ use snapshot_fmt::manifest::{MEMORY, Machine as Description, Programs, STATE, Wa
 use snapshot_fmt::state_file;
 
 use super::SnapshotError;
+use super::chains::Chains;
 use super::memory_layer::Lineage;
 use super::restore::{Base, Saved};
-use super::save::{self, Moment};
+use super::save::{self, Frozen};
 use crate::agent::Agent;
 use crate::machine::Machine;
 use crate::pager::Mode;
@@ -59,7 +61,7 @@ fn memory_file(name: &str) -> Result<File, SnapshotError> {
 
 /// A moment of which the memory is still being written. The machine runs on already.
 pub struct Freezing {
-    moment: Moment,
+    frozen: Frozen,
     memory: File,
 }
 
@@ -71,26 +73,33 @@ pub fn freeze(
 ) -> Result<Freezing, SnapshotError> {
     let memory = memory_file(MEMORY)?;
     let lineage = Lineage::over_origin(origin);
-    let moment = save::freeze(machine, agent, &memory, Path::new(MEMORY), lineage)?;
-    Ok(Freezing { moment, memory })
+    let frozen = save::freeze(
+        machine,
+        agent,
+        &memory,
+        Path::new(MEMORY),
+        lineage,
+        Vec::new(),
+    )?;
+    Ok(Freezing { frozen, memory })
 }
 
 impl Freezing {
     /// Waits until everything is written.
     pub fn finish(self) -> Result<Point, SnapshotError> {
-        let Self { moment, memory } = self;
+        let Self { frozen, memory } = self;
         let state = memory_file(STATE)?;
-        state_file::write(&state, Path::new(STATE), &moment.state)?;
-        let summary = moment.memory.finish().map_err(SnapshotError::Memory)?;
+        state_file::write(&state, Path::new(STATE), &frozen.state)?;
+        let summary = frozen.memory.finish().map_err(SnapshotError::Memory)?;
         Ok(Point {
             state,
             memory,
             summary,
             times: Times {
-                state: moment.had,
-                freeze: moment.freeze,
-                pause: moment.pause,
-                written: moment.start.elapsed(),
+                state: frozen.had,
+                freeze: frozen.freeze,
+                pause: frozen.pause,
+                written: frozen.start.elapsed(),
             },
         })
     }
@@ -125,7 +134,10 @@ impl Begun {
             Chain::new(layers).map_err(|error| SnapshotError::Memory(io::Error::other(error)))?;
         Ok(Saved {
             state,
-            chain: Arc::new(chain),
+            chains: Chains {
+                memory: Arc::new(chain),
+                disks: BTreeMap::new(),
+            },
             mode: Mode::Map,
             machine: self.machine,
             programs: self.programs,

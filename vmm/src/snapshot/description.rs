@@ -5,18 +5,21 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use snapshot_fmt::manifest::{CpuFingerprint, Drive, KernelFile, Machine, MemoryRange};
 
 use super::SnapshotError;
 use crate::arch::x86_64::layout;
 use crate::config::{ConsoleConfig, DriveConfig, DriveInterface, VmConfig, VsockConfig};
+use crate::devices::live::Disks;
+use crate::devices::virtio::blk::{Disk, SECTOR};
 
 const BLOCK: &str = "blk";
 const PMEM: &str = "pmem";
 
-/// Describes `config`. Disks that the guest may write to are refused.
-pub fn describe(config: &VmConfig) -> Result<Machine, SnapshotError> {
+/// Describes `config`, whose machine has the writable `disks`.
+pub fn describe(config: &VmConfig, disks: &Disks) -> Result<Machine, SnapshotError> {
     let ranges = layout::ram_ranges(config.memory_mib << 20);
     Ok(Machine {
         cpus: config.cpus,
@@ -32,26 +35,27 @@ pub fn describe(config: &VmConfig) -> Result<Machine, SnapshotError> {
         drives: config
             .drives
             .iter()
-            .map(describe_drive)
+            .enumerate()
+            .map(|(number, drive)| describe_drive(drive, disks.get(&number)))
             .collect::<Result<_, _>>()?,
         vsock_cid: config.vsock.as_ref().map(|vsock| vsock.cid),
     })
 }
 
-fn describe_drive(drive: &DriveConfig) -> Result<Drive, SnapshotError> {
+/// Of a disk that the guest may write to, the file is only where it came from: the content is in the snapshot.
+fn describe_drive(drive: &DriveConfig, disk: Option<&Arc<Disk>>) -> Result<Drive, SnapshotError> {
     let path = &drive.path;
-    if !drive.read_only {
-        let path = path.clone();
-        return Err(SnapshotError::WritableDrive { path });
-    }
-    let (bytes, mtime_ns) = identity(path).map_err(|source| SnapshotError::Io {
-        path: path.clone(),
-        source,
-    })?;
+    let (bytes, mtime_ns) = match disk {
+        Some(disk) => (disk.sectors() * SECTOR, 0),
+        None => identity(path).map_err(|source| SnapshotError::Io {
+            path: path.clone(),
+            source,
+        })?,
+    };
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.clone());
     Ok(Drive {
         path: text(&absolute),
-        read_only: true,
+        read_only: drive.read_only,
         interface: match drive.interface {
             DriveInterface::Block => BLOCK.to_owned(),
             DriveInterface::Pmem => PMEM.to_owned(),
@@ -109,7 +113,10 @@ pub fn config(
                 PMEM => DriveInterface::Pmem,
                 _ => return Err(wrong("a drive is neither blk nor pmem")),
             };
-            check_drive(drive)?;
+            // The content of the others is in the snapshot.
+            if drive.read_only {
+                check_drive(drive)?;
+            }
             Ok(DriveConfig {
                 path: drive.path.clone().into(),
                 read_only: drive.read_only,
@@ -238,7 +245,7 @@ pub fn check_cpu(saved: &CpuFingerprint, here: &CpuFingerprint) -> Result<(), Sn
 mod tests {
     use super::*;
 
-    fn machine(path: &Path, read_only: bool) -> VmConfig {
+    fn machine(path: &Path) -> VmConfig {
         VmConfig {
             cpus: 2,
             memory_mib: 128,
@@ -246,7 +253,7 @@ mod tests {
             cmdline: "quiet".to_owned(),
             drives: vec![DriveConfig {
                 path: path.to_owned(),
-                read_only,
+                read_only: true,
                 interface: DriveInterface::Pmem,
             }],
             vsock: Some(VsockConfig {
@@ -261,8 +268,8 @@ mod tests {
     fn a_description_makes_the_same_machine() {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(4096).unwrap();
-        let config = machine(image.path(), true);
-        let description = describe(&config).unwrap();
+        let config = machine(image.path());
+        let description = describe(&config, &Disks::new()).unwrap();
         let again = super::config(&description, config.vsock.clone(), ConsoleConfig::Kept).unwrap();
         assert_eq!(format!("{config:?}"), format!("{again:?}"));
     }
@@ -271,8 +278,8 @@ mod tests {
     fn a_disk_that_changed_is_refused() {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(4096).unwrap();
-        let config = machine(image.path(), true);
-        let description = describe(&config).unwrap();
+        let config = machine(image.path());
+        let description = describe(&config, &Disks::new()).unwrap();
         let again = || {
             let vsock = config.vsock.clone();
             super::config(&description, vsock, ConsoleConfig::Kept)
@@ -293,12 +300,23 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_may_be_written_to_is_refused() {
-        let error = describe(&machine(Path::new("disk"), false)).unwrap_err();
-        assert!(
-            matches!(error, SnapshotError::WritableDrive { .. }),
-            "{error}"
-        );
+    fn the_file_of_a_disk_that_is_written_to_is_not_needed_again() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(4096 + 700).unwrap();
+        let disk = Disk::of_file(image.reopen().unwrap(), image.path(), false);
+        // The number of another drive is not its own.
+        let disks = Disks::from([(1, Arc::new(disk.unwrap()))]);
+        let mut config = machine(image.path());
+        config.drives.push(DriveConfig {
+            path: "/somewhere/else".into(),
+            read_only: false,
+            interface: DriveInterface::Block,
+        });
+        let description = describe(&config, &disks).unwrap();
+        let drive = &description.drives[1];
+        assert_eq!((drive.bytes, drive.mtime_ns), (4096 + 512, 0));
+        let again = super::config(&description, config.vsock.clone(), ConsoleConfig::Kept).unwrap();
+        assert_eq!(format!("{config:?}"), format!("{again:?}"));
     }
 
     #[test]

@@ -4,7 +4,9 @@
 //! snapshot that fails leaves nothing behind.
 
 pub mod branch;
+pub mod chains;
 pub mod description;
+pub mod disk_layer;
 pub mod memory_layer;
 pub mod restore;
 pub mod save;
@@ -24,14 +26,6 @@ pub enum SnapshotError {
     /// The machine would not stand still.
     #[error(transparent)]
     Save(#[from] SaveError),
-    /// The guest may write to a disk, whose contents would not be those of the moment.
-    #[error(
-        "{path} is a disk that the guest may write to, and a snapshot does not hold disks: make it read-only, or keep the files in the guest's memory"
-    )]
-    WritableDrive {
-        /// The disk's file.
-        path: PathBuf,
-    },
     /// A file of it cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -46,6 +40,14 @@ pub enum SnapshotError {
     /// Memory cannot be written.
     #[error("cannot write the guest's memory: {0}; the sandbox runs on, and nothing was kept")]
     Memory(#[source] io::Error),
+    /// A disk that the guest may write to cannot be read, or what it was cannot be kept while the guest writes.
+    #[error("cannot save drive {drive}: {source}; the sandbox runs on, and nothing was kept")]
+    Disk {
+        /// Its number.
+        drive: usize,
+        /// What the system said.
+        source: io::Error,
+    },
     /// A file of it cannot be read.
     #[error(transparent)]
     Format(#[from] FormatError),

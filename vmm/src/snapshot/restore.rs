@@ -1,24 +1,28 @@
 //! Opens a snapshot to make a machine of it: what is in the manifest is checked before anything is made.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use snapshot_fmt::chain::Chain;
-use snapshot_fmt::manifest::{MEMORY, Machine as Description, Programs, Warm};
+use snapshot_fmt::manifest::{Machine as Description, Programs, Warm};
 use snapshot_fmt::snapshot::Snapshot;
 use snapshot_fmt::state::machine::MachineState;
 
+use super::chains::Chains;
 use super::{SnapshotError, description};
+use crate::builder::{SavedDisk, SavedDisks};
 use crate::config::{ConsoleConfig, VmConfig, VsockConfig};
+use crate::devices::virtio::blk::SECTOR;
 use crate::pager::{Mode, Pager, Pages};
 use crate::store::{Held, Store};
 
 /// A machine to go on with: a snapshot that was found whole and fit for this host, which nobody can remove meanwhile, or a running parent's moment.
 pub struct Saved {
-    /// All but memory.
+    /// All but memory and disks.
     pub state: MachineState,
-    /// Memory.
-    pub chain: Arc<Chain>,
-    /// How its pages come.
+    /// Memory and disks.
+    pub chains: Chains,
+    /// How memory's pages come.
     pub mode: Mode,
     /// What it is.
     pub machine: Description,
@@ -32,23 +36,22 @@ pub struct Saved {
     pub base: Option<Base>,
 }
 
-/// A snapshot that nobody can remove, and its memory: what others rest on.
+/// A snapshot that nobody can remove, and what it holds: what others rest on.
 #[derive(Clone)]
 pub struct Base {
     /// It.
     pub held: Arc<Held>,
-    /// Its memory.
-    pub chain: Arc<Chain>,
+    /// Its memory and disks.
+    pub chains: Chains,
 }
 
 impl Base {
     /// The snapshot of `store` that `reference` means.
     pub fn open(store: &Store, reference: &str) -> Result<Self, SnapshotError> {
         let held = store.hold(reference)?;
-        let chain = store.chain(held.snapshot(), MEMORY)?;
         Ok(Self {
+            chains: Chains::open(store, held.snapshot())?,
             held: Arc::new(held),
-            chain: Arc::new(chain),
         })
     }
 }
@@ -61,7 +64,7 @@ impl Saved {
         description::check_cpu(&snapshot.manifest().cpu, &description::cpu())?;
         Ok(Self {
             state: snapshot.state()?,
-            chain: Arc::clone(&base.chain),
+            chains: base.chains.clone(),
             mode,
             machine: snapshot.manifest().machine.clone(),
             programs: snapshot.manifest().programs.clone(),
@@ -74,9 +77,23 @@ impl Saved {
     /// Its memory, for a machine that goes on.
     pub fn pages(&self) -> Pages {
         Pages {
-            chain: Arc::clone(&self.chain),
+            chain: Arc::clone(&self.chains.memory),
             mode: self.mode,
             working_set: self.working_set.clone().unwrap_or_default(),
+        }
+    }
+
+    /// The disks that its guest may write to, for a machine that goes on. What that writes is kept in the directory `dir`.
+    pub fn disks(&self, dir: &Path) -> SavedDisks {
+        let drives = &self.machine.drives;
+        let disk = |(&drive, chain): (&usize, &Arc<Chain>)| {
+            let sectors = drives.get(drive)?.bytes / SECTOR;
+            let source = Arc::clone(chain) as _;
+            Some((drive, SavedDisk { source, sectors }))
+        };
+        SavedDisks {
+            disks: self.chains.disks.iter().filter_map(disk).collect(),
+            dir: dir.to_owned(),
         }
     }
 

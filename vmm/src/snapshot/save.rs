@@ -6,15 +6,19 @@ use std::time::{Duration, Instant};
 
 use snapshot_fmt::digest::Digest;
 use snapshot_fmt::layer::LayerSummary;
-use snapshot_fmt::manifest::{FORMAT, FileEntry, MEMORY, Manifest, Programs, STATE, Warm};
+use snapshot_fmt::manifest::{
+    FORMAT, FileEntry, MEMORY, Manifest, Programs, STATE, Warm, disk_layer,
+};
 use snapshot_fmt::state::machine::MachineState;
 use snapshot_fmt::state_file;
 
 use super::SnapshotError;
 use super::description::{cpu, describe};
+use super::disk_layer::{DiskChains, DiskToSave, FrozenDisk};
 use super::memory_layer::{LayerInProgress, Lineage};
 use crate::agent::{Agent, Quiet};
 use crate::config::VmConfig;
+use crate::devices::virtio::blk::backup::Moment;
 use crate::machine::Machine;
 use crate::sandbox::record::now;
 use crate::store::{Held, Store};
@@ -35,6 +39,8 @@ pub struct Order<'a> {
     pub name: Option<String>,
     /// What memory goes back to.
     pub lineage: Lineage<'a>,
+    /// The disks of `lineage`'s parent; none where it has none.
+    pub parent_disks: Option<&'a DiskChains>,
     /// The snapshot of `lineage`'s parent.
     pub parent: Option<Digest>,
 }
@@ -45,6 +51,8 @@ pub struct Taken {
     pub held: Held,
     /// What its memory came to.
     pub memory: LayerSummary,
+    /// Its disks. Unless they are [kept](Moment::keep), the next snapshot's difference counts from the one before this one.
+    pub disks: Vec<Moment>,
     /// How long that took.
     pub times: Times,
 }
@@ -64,7 +72,7 @@ pub struct Times {
 
 /// Takes a snapshot, and puts it into `store`.
 pub fn take(order: Order<'_>, store: &Store) -> Result<Taken, SnapshotError> {
-    let machine = describe(order.config)?;
+    let machine = describe(order.config, order.machine.disks())?;
     let draft = store.begin()?;
     let written = write(&order, draft.path())?;
     let manifest = Manifest {
@@ -83,16 +91,19 @@ pub fn take(order: Order<'_>, store: &Store) -> Result<Taken, SnapshotError> {
     Ok(Taken {
         held: draft.publish(manifest)?,
         memory: written.memory,
+        disks: written.disks,
         times: written.times,
     })
 }
 
 /// A machine at one moment. It runs on already.
-pub struct Moment {
+pub struct Frozen {
     /// All but memory.
     pub state: MachineState,
     /// Memory, which is being written.
     pub memory: LayerInProgress,
+    /// The disks that were to be saved, likewise.
+    pub disks: Vec<FrozenDisk>,
     /// When the machine was to stand still.
     pub start: Instant,
     /// How long it took to have the state, from then.
@@ -110,19 +121,22 @@ pub fn freeze(
     layer: &File,
     path: &Path,
     lineage: Lineage<'_>,
-) -> Result<Moment, SnapshotError> {
+    disks: Vec<DiskToSave>,
+) -> Result<Frozen, SnapshotError> {
     let quiet = agent.map(Agent::quiesce);
     let start = Instant::now();
     let frozen = machine.freeze(|mut state: MachineState| {
         state.settle_agent(quiet.as_ref().and_then(Quiet::state));
         let had = start.elapsed();
         let memory = LayerInProgress::begin(machine.memory(), layer, path, lineage);
-        (state, memory, had, start.elapsed())
+        let disks = disks.into_iter().map(DiskToSave::freeze).collect();
+        (state, memory, disks, had, start.elapsed())
     })?;
     let pause = start.elapsed();
-    let (state, memory, had, freeze) = frozen;
-    Ok(Moment {
+    let (state, memory, disks, had, freeze) = frozen;
+    Ok(Frozen {
         state,
+        disks,
         memory: memory.map_err(SnapshotError::Memory)?,
         start,
         had,
@@ -131,10 +145,11 @@ pub fn freeze(
     })
 }
 
-/// State and memory, written and synced.
+/// State, memory and disks, written.
 struct Written {
     files: Vec<FileEntry>,
     memory: LayerSummary,
+    disks: Vec<Moment>,
     times: Times,
 }
 
@@ -153,36 +168,50 @@ fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
     };
     let (layer, layer_path) = make(MEMORY)?;
     let (state_file, state_path) = make(STATE)?;
+    let disks = DiskToSave::all(order.machine.disks(), dir)?;
 
-    let moment = freeze(
+    let frozen = freeze(
         order.machine,
         order.agent,
         &layer,
         &layer_path,
         order.lineage,
+        disks,
     )?;
-    let state = state_file::write(&state_file, &state_path, &moment.state)?;
+    let state = state_file::write(&state_file, &state_path, &frozen.state)?;
     state_file.sync_all().map_err(|source| SnapshotError::Io {
         path: state_path,
         source,
     })?;
-    let memory = moment.memory.finish().map_err(SnapshotError::Memory)?;
     let entry = |name: &str, bytes, digest| FileEntry {
         name: name.to_owned(),
         bytes,
         digest,
     };
+    // While the child writes memory.
+    let (mut of_disks, mut disks) = (Vec::new(), Vec::new());
+    for disk in frozen.disks {
+        let drive = disk.drive;
+        let parent = order.parent_disks.and_then(|disks| disks.get(&drive));
+        let (layer, moment) = disk.write(parent.map(|chain| &**chain))?;
+        of_disks.push(entry(&disk_layer(drive), layer.bytes, layer.digest));
+        disks.push(moment);
+    }
+    let memory = frozen.memory.finish().map_err(SnapshotError::Memory)?;
+    let mut files = vec![
+        entry(STATE, state.bytes, state.digest),
+        entry(MEMORY, memory.bytes, memory.digest),
+    ];
+    files.append(&mut of_disks);
     Ok(Written {
-        files: vec![
-            entry(STATE, state.bytes, state.digest),
-            entry(MEMORY, memory.bytes, memory.digest),
-        ],
+        files,
         memory,
+        disks,
         times: Times {
-            state: moment.had,
-            freeze: moment.freeze,
-            pause: moment.pause,
-            total: moment.start.elapsed(),
+            state: frozen.had,
+            freeze: frozen.freeze,
+            pause: frozen.pause,
+            total: frozen.start.elapsed(),
         },
     })
 }

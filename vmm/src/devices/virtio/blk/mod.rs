@@ -19,6 +19,7 @@ mod state;
 pub use device::{Block, BlockConfig};
 pub use disk::Disk;
 pub use error::BlockError;
+pub use queue::SECTOR;
 
 #[cfg(test)]
 mod disk_tests;

@@ -18,7 +18,7 @@ use crate::devices::virtio::signal::Signal;
 use crate::devices::virtio::{GuestMemory, GuestSlice};
 
 /// Bytes in a sector, whatever the block size.
-pub(super) const SECTOR: u64 = 512;
+pub const SECTOR: u64 = 512;
 /// Most ranges of one DISCARD request.
 pub(super) const MAX_RANGES: u32 = 16;
 /// Most ranges of one WRITE_ZEROES request.
