@@ -1,11 +1,15 @@
-//! The block device, on an image in memory.
+//! The block device, on an image in memory or restored from one, and saved meanwhile.
 
 use std::fs::File;
+use std::io;
+use std::ops::Range as Blocks;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use arbitrary::Arbitrary;
 use rustix::fs::{MemfdFlags, memfd_create};
+use vmm::devices::virtio::blk::backup::{Moment, Preparation};
+use vmm::devices::virtio::blk::stack::{BLOCK, BlockBytes, BlockSource};
 use vmm::devices::virtio::blk::{Block, BlockConfig, Disk};
 use vmm::devices::virtio::testing::{r, w};
 
@@ -17,10 +21,18 @@ const HEADER: u64 = BUFFERS;
 const RANGES: u64 = BUFFERS + 0x100;
 const STATUS: u64 = BUFFERS + 0xff0;
 
+/// The guest may only read.
+const READ_ONLY: u8 = 1;
+/// The disk was saved, and has an overlay.
+const RESTORED: u8 = 2;
+/// The disk is saved as it is before the first step, while they are taken.
+const MOMENT: u8 = 4;
+
 /// A disk and steps of its driver.
 #[derive(Arbitrary, Clone, Debug)]
 pub struct Input {
-    read_only: bool,
+    /// [`READ_ONLY`], or [`RESTORED`]; and [`MOMENT`].
+    kind: u8,
     steps: Vec<BlkStep>,
 }
 
@@ -59,17 +71,65 @@ pub enum BlkStep {
     Ranges(bool, Vec<Range>),
 }
 
+/// A saved disk.
+struct Saved(Vec<u8>);
+
+impl BlockSource for Saved {
+    fn blocks(&self) -> u64 {
+        self.0.len() as u64 / BLOCK
+    }
+
+    fn read(&self, block: u64, bytes: &mut BlockBytes) -> io::Result<()> {
+        bytes.copy_from_slice(&self.0[(block * BLOCK) as usize..][..BLOCK as usize]);
+        Ok(())
+    }
+
+    fn next_data(&self, from: u64) -> Option<Blocks<u64>> {
+        (from < self.blocks()).then(|| from..self.blocks())
+    }
+}
+
+fn memory_file() -> File {
+    File::from(memfd_create("fuzz", MemfdFlags::CLOEXEC).expect("a memory file"))
+}
+
+/// The moment is now.
+fn begin(disk: &Arc<Disk>) -> Moment {
+    let scratch = memory_file();
+    scratch.set_len(SECTORS * 512).expect("a scratch file");
+    Preparation::new(disk, scratch).begin()
+}
+
+fn content(moment: &Moment) -> Vec<u8> {
+    let mut bytes = [0; BLOCK as usize];
+    (0..moment.blocks())
+        .flat_map(|block| {
+            moment.read(block, &mut bytes).expect("a block");
+            bytes
+        })
+        .collect()
+}
+
 /// Runs the device under the driver.
 pub fn run(input: &Input) {
-    let file = File::from(memfd_create("fuzz", MemfdFlags::CLOEXEC).expect("a memory file"));
+    let read_only = input.kind & READ_ONLY != 0;
+    let file = memory_file();
     let image: Vec<u8> = (0..SECTORS)
         .flat_map(|sector| [sector as u8 ^ 0x5a; 512])
         .collect();
     file.write_all_at(&image, 0).expect("an image");
-    let own = file.try_clone().expect("a descriptor");
-    let disk = Disk::of_file(own, "fuzz".as_ref(), input.read_only);
+    let restored = input.kind & RESTORED != 0 && !read_only;
+    let disk = if restored {
+        let (dir, name) = (std::env::temp_dir(), std::process::id().to_string());
+        Disk::of_saved(Arc::new(Saved(image.clone())), SECTORS, &dir, &name)
+    } else {
+        let own = file.try_clone().expect("a descriptor");
+        Disk::of_file(own, "fuzz".as_ref(), read_only)
+    };
+    let disk = Arc::new(disk.expect("a disk"));
+    let moment = (input.kind & MOMENT != 0).then(|| begin(&disk));
     let config = BlockConfig {
-        disk: Arc::new(disk.expect("a disk")),
+        disk: Arc::clone(&disk),
         path: "fuzz".into(),
         id: "fuzz".into(),
     };
@@ -80,13 +140,16 @@ pub fn run(input: &Input) {
     }
     guest.driver.run();
     guest.check_memory();
-    let mut now = vec![0; image.len() + 1];
-    let len = file.read_at(&mut now, 0).expect("the image");
+    if let Some(moment) = moment {
+        assert!(content(&moment) == image, "the moment is another now");
+    }
+    let now = content(&begin(&disk));
+    assert!(!read_only || now == image, "a read-only disk was written");
+    let mut in_file = vec![0; image.len() + 1];
+    let len = file.read_at(&mut in_file, 0).expect("the image");
     assert_eq!(len, image.len(), "the image has another length");
-    assert!(
-        !input.read_only || now[..len] == image,
-        "a read-only disk was written"
-    );
+    let expected = if restored { &image } else { &now };
+    assert!(in_file[..len] == expected[..], "the image is another");
     guest.restart(true);
     header(&mut guest, 0, 0);
     guest
