@@ -99,9 +99,9 @@ pub struct SnapshotView {
     pub parent: Option<String>,
     /// What its own files take, in bytes.
     pub bytes: u64,
-    /// Pages of 4096 bytes that it stores.
+    /// Pages of memory, of 4096 bytes, that it stores.
     pub data_pages: u64,
-    /// Pages that became zero.
+    /// Pages of memory that became zero.
     pub zero_pages: u64,
     /// Microseconds from the beginning until the state of processors and devices was had.
     pub state_us: u64,

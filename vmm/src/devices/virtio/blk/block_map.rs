@@ -1,27 +1,36 @@
 //! A set of a disk's blocks, to which one thread adds while others look.
 //!
 //! Blocks are never taken out: what was found in it stays there. Adding is a full barrier, so what its thread does to
-//! the disk afterwards is not seen by others before the block is (see [`super::backup`]).
+//! the disk afterwards is not seen by others before the block is (see [`super::backup`]). It takes memory where it has blocks: a disk may be
+//! large and empty, and its size somebody else's word.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Blocks of a word.
 const WORD: u64 = u64::BITS as u64;
+/// Words of a part: 4 KiB, for 128 MiB of the disk.
+const WORDS: usize = 512;
+/// Blocks of a part.
+const PART: u64 = WORD * WORDS as u64;
+
+type Part = [AtomicU64; WORDS];
 
 /// A bit per block.
 #[derive(Debug)]
 pub struct BlockMap {
-    words: Box<[AtomicU64]>,
+    /// Those that have blocks.
+    parts: Box<[OnceLock<Box<Part>>]>,
     blocks: u64,
 }
 
 impl BlockMap {
     /// None of `blocks` blocks.
     pub fn new(blocks: u64) -> Self {
-        let words = (0..blocks.div_ceil(WORD)).map(|_| AtomicU64::new(0));
+        let parts = (0..blocks.div_ceil(PART)).map(|_| OnceLock::new());
         Self {
-            words: words.collect(),
+            parts: parts.collect(),
             blocks,
         }
     }
@@ -38,22 +47,26 @@ impl BlockMap {
         while at < end {
             let next = end.min((at / WORD + 1) * WORD);
             let ones = u64::MAX >> (WORD - (next - at));
-            self.word(at)
-                .fetch_or(ones << (at % WORD), Ordering::SeqCst);
+            let (part, word) = place(at);
+            let part = self.parts[part].get_or_init(new_part);
+            part[word].fetch_or(ones << (at % WORD), Ordering::SeqCst);
             at = next;
         }
     }
 
     /// Adds what `other` has, which is of the same disk.
     pub fn merge(&self, other: &Self) {
-        for (own, other) in self.words.iter().zip(&other.words) {
-            own.fetch_or(other.load(Ordering::SeqCst), Ordering::SeqCst);
+        for (own, other) in self.parts.iter().zip(&other.parts) {
+            let Some(other) = other.get() else { continue };
+            for (own, other) in own.get_or_init(new_part).iter().zip(&**other) {
+                own.fetch_or(other.load(Ordering::SeqCst), Ordering::SeqCst);
+            }
         }
     }
 
     /// Whether `block` is in it.
     pub fn has(&self, block: u64) -> bool {
-        block < self.blocks && self.word(block).load(Ordering::SeqCst) >> (block % WORD) & 1 == 1
+        block < self.blocks && self.word(block).unwrap_or(0) >> (block % WORD) & 1 == 1
     }
 
     /// The first run of blocks among `within` that are in it.
@@ -68,7 +81,13 @@ impl BlockMap {
         let end = within.end.min(self.blocks);
         let mut at = within.start;
         while at < end {
-            let word = self.word(at).load(Ordering::SeqCst);
+            let Some(word) = self.word(at) else {
+                if !is_in {
+                    return at;
+                }
+                at = (at / PART + 1) * PART;
+                continue;
+            };
             let word = if is_in { word } else { !word };
             let sought = word >> (at % WORD);
             if sought != 0 {
@@ -79,11 +98,22 @@ impl BlockMap {
         end
     }
 
-    /// The word of a block of the disk.
-    fn word(&self, block: u64) -> &AtomicU64 {
-        let index = usize::try_from(block / WORD).unwrap_or(usize::MAX);
-        &self.words[index]
+    /// The word of a block of the disk; `None` where its part has no block.
+    fn word(&self, block: u64) -> Option<u64> {
+        let (part, word) = place(block);
+        let part = self.parts[part].get()?;
+        Some(part[word].load(Ordering::SeqCst))
     }
+}
+
+/// The part and the word in it that a block is in.
+fn place(block: u64) -> (usize, usize) {
+    let index = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+    (index(block / PART), index(block % PART / WORD))
+}
+
+fn new_part() -> Box<Part> {
+    Box::new([const { AtomicU64::new(0) }; WORDS])
 }
 
 #[cfg(test)]
@@ -115,6 +145,21 @@ mod tests {
         );
         map.add(0..200);
         assert_eq!(map.run(0..u64::MAX), Some(0..200));
+    }
+
+    #[test]
+    fn parts_without_blocks_take_no_memory() {
+        let map = BlockMap::new(u64::from(u32::MAX));
+        map.add(PART - 1..PART + 1);
+        map.add(9 * PART..9 * PART + 3);
+        assert_eq!(runs(&map), [PART - 1..PART + 1, 9 * PART..9 * PART + 3]);
+        assert_eq!(map.find(5 * PART..6 * PART, true), 6 * PART);
+        assert_eq!(map.find(5 * PART + 7..6 * PART, false), 5 * PART + 7);
+        let other = BlockMap::new(u64::from(u32::MAX));
+        other.merge(&map);
+        assert_eq!(runs(&other), runs(&map));
+        let parts = other.parts.iter().filter(|part| part.get().is_some());
+        assert_eq!(parts.count(), 3);
     }
 
     #[test]
