@@ -18,18 +18,22 @@ use tests::strace::{Fault, Tracer, What};
 use tests::{Output, test};
 
 /// The calls that change or make something, or wait for it.
-const CALLS: [&str; 13] = [
+const CALLS: [&str; 17] = [
     "clone",
     "flock",
     "fsync",
+    "ftruncate",
+    "lseek",
     "mkdir",
     "openat",
     "pidfd_open",
     "pipe2",
+    "pread64",
     "pwrite64",
     "read",
     "rename",
     "sendto",
+    "unlink",
     "waitid",
     "write",
 ];
@@ -84,7 +88,7 @@ enum Who {
     Writer,
 }
 
-/// A guest that was booted once, and its snapshot `base`.
+/// A guest that was booted once, with a disk that it can write to, and its snapshot `base`.
 struct Stage {
     host: Host,
     /// The monitor of the booted sandbox.
@@ -106,7 +110,11 @@ struct Victim {
 impl Stage {
     fn new() -> Result<Self, Failed> {
         let host = Host::new()?;
-        host.ok(&["start", "--cold", "booted"])?;
+        let disk = host.path().join("disk");
+        File::create(&disk)?.set_len(1 << 20)?;
+        host.ok(&["start", "--drive", &disk.to_string_lossy(), "booted"])?;
+        let write = "echo of the first day | dd of=/dev/vda conv=fsync";
+        host.ok(&["exec", "booted", "--user", "root", "--", "sh", "-c", write])?;
         let write = "echo from the first day > /tmp/note";
         host.ok(&["exec", "booted", "--", "sh", "-c", write])?;
         let base = host.ok(&["snapshot", "booted", "base"])?.stdout;
