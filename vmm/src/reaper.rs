@@ -91,6 +91,7 @@ mod tests {
     fn none_is_left_a_zombie() {
         let reaper = Reaper::default();
         let children = ["0", "0.2", "0"].map(|seconds| {
+            #[expect(clippy::zombie_processes, reason = "the reaper waits for it")]
             let child = Command::new("sleep").arg(seconds).spawn().unwrap();
             reaper.adopt(&child).unwrap();
             child.id()

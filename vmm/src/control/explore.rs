@@ -160,7 +160,7 @@ impl Trial<'_> {
 
 /// The number that the last line of an output is.
 fn score(output: &[u8]) -> Option<f64> {
-    let text = str::from_utf8(output).ok()?;
+    let text = std::str::from_utf8(output).ok()?;
     let number: f64 = text.trim_end().lines().next_back()?.trim().parse().ok()?;
     (!number.is_nan()).then_some(number)
 }
