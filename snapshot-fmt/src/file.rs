@@ -187,7 +187,8 @@ impl NamedFile {
             offset,
             what,
             needed,
-            len: self.len,
+            // It may have been longer when it was opened.
+            len: self.file.metadata().map_or(self.len, |now| now.len()),
         }
     }
 }
