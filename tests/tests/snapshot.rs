@@ -80,5 +80,10 @@ fn main() -> ExitCode {
             Guest,
             programs::all_lost,
         ),
+        test(
+            "a_layer_that_is_cut_short_ends_the_sandbox",
+            Guest,
+            refusals::cut_layer,
+        ),
     ])
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -41,6 +41,13 @@ pub enum ExitReason {
     Stopped,
     /// A thread of the monitor ended though it should not have.
     Monitor(String),
+}
+
+impl ExitReason {
+    /// Whether it is what a guest comes to that has another's, or no, memory.
+    fn is_the_guests(&self) -> bool {
+        !matches!(self, Self::Stopped | Self::Monitor(_))
+    }
 }
 
 impl fmt::Display for ExitReason {
@@ -90,9 +97,19 @@ impl fmt::Display for ExitReason {
     }
 }
 
+/// What knows of failures that nobody can report who meets them, or that show as something else.
+pub trait Witness: Send + Sync {
+    /// What was met by a thread that cannot go on, after it has made the latch's event readable.
+    fn reported(&self) -> Option<String>;
+
+    /// What is behind an end that seems to be the guest's.
+    fn behind(&self) -> Option<String>;
+}
+
 struct Inner {
     reason: Mutex<Option<ExitReason>>,
     event: OwnedFd,
+    witness: OnceLock<Arc<dyn Witness>>,
 }
 
 /// Where the end of a VM is written by whoever sees it first.
@@ -106,14 +123,22 @@ impl ExitLatch {
         Ok(Self(Arc::new(Inner {
             reason: Mutex::new(None),
             event,
+            witness: OnceLock::new(),
         })))
     }
 
-    /// Writes `reason` unless there is one already.
+    /// Has `witness` be asked from now on. There is one; a second is not.
+    pub fn ask(&self, witness: Arc<dyn Witness>) {
+        let _ = self.0.witness.set(witness);
+    }
+
+    /// Writes `reason` unless there is one already. What the witness says is behind an end of the guest's own is written instead.
     pub fn set(&self, reason: ExitReason) {
         let mut slot = self.0.reason.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none() {
-            *slot = Some(reason);
+            let witness = self.0.witness.get().filter(|_| reason.is_the_guests());
+            let behind = witness.and_then(|witness| witness.behind());
+            *slot = Some(behind.map_or(reason, ExitReason::Monitor));
             // It fails only where the counter is full, and then it is readable already.
             let _ = rustix::io::write(&self.0.event, &1u64.to_ne_bytes());
         }
@@ -121,11 +146,13 @@ impl ExitLatch {
 
     /// The reason, once there is one.
     pub fn get(&self) -> Option<ExitReason> {
-        self.0
-            .reason
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        let mut slot = self.0.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        if slot.is_none()
+            && let Some(witness) = self.0.witness.get()
+        {
+            *slot = witness.reported().map(ExitReason::Monitor);
+        }
+        slot.clone()
     }
 
     /// Readable once there is a reason, and from then on.

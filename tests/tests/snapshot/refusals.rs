@@ -117,16 +117,9 @@ pub fn corrupt_page() -> Result<(), Failed> {
     if read.status == Some(0) {
         return Err(format!("it was read: {read:#?}").into());
     }
-    wait_for(|| Ok(host.inspect("broken")?["state"] == "ended"))?;
-    let exit = host.inspect("broken")?["exit"].clone();
-    let reason = exit["reason"].as_str().unwrap_or_default();
-    let parts = [
-        "of the guest's memory cannot be had",
-        "memory.layer",
-        "is corrupt",
-    ];
-    if exit["status"] != 125 || !parts.iter().all(|part| reason.contains(part)) {
-        return Err(format!("it ended so: {exit}").into());
+    let reason = lost_page(&host, "broken")?;
+    if !reason.contains("is corrupt") {
+        return Err(format!("it ended so: {reason}").into());
     }
     // The same page is named by who looks for it.
     let page = reason
@@ -135,5 +128,48 @@ pub fn corrupt_page() -> Result<(), Failed> {
         .nth(1)
         .unwrap_or("?");
     verified.expect_stderr(&[&format!("page {page} is corrupt")])?;
+    Ok(())
+}
+
+/// The reason for which a sandbox ends that has lost a page.
+fn lost_page(host: &Host, name: &str) -> Result<String, Failed> {
+    wait_for(|| Ok(host.inspect(name)?["state"] == "ended"))?;
+    let exit = host.inspect(name)?["exit"].clone();
+    let reason = exit["reason"].as_str().unwrap_or_default();
+    let parts = ["page ", "of the guest's memory cannot be had", MEMORY];
+    if exit["status"] != 125 || !parts.iter().all(|part| reason.contains(part)) {
+        return Err(format!("it ended so: {exit}").into());
+    }
+    Ok(reason.to_owned())
+}
+
+/// A layer loses its end while its pages are mapped: all of them, or half. What the guest has written there is gone as well, so it cannot be saved.
+pub fn cut_layer() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "one")?;
+    let id = host.ok(&["snapshot", "one", "s"])?.stdout;
+    remove(&host, &["one"])?;
+    let path = store(&host).dir().join(id.trim()).join(MEMORY);
+    let whole = fs::read(&path)?;
+    for len in [PAGE_SIZE, whole.len() / 2] {
+        host.ok(&["restore", "s", "copy", "--pages", "map"])?;
+        host.ok(&["pause", "copy"])?;
+        let layer = fs::File::options().write(true).open(&path)?;
+        layer.set_len(len as u64)?;
+        let saved = host.run(&["snapshot", "copy"])?;
+        saved
+            .expect_status(125)?
+            .expect_stderr(&[MEMORY, "cut short"])?;
+        host.ok(&["resume", "copy"])?;
+        // It may end before it can be asked.
+        let _ = host.run(&["exec", "copy", "--", "cat", "/etc/passwd"])?;
+        let reason = lost_page(&host, "copy")?;
+        if !reason.contains("cut short") {
+            return Err(format!("it ended so: {reason}").into());
+        }
+        remove(&host, &["copy"])?;
+        fs::write(&path, &whole)?;
+    }
+    host.ok(&["restore", "s", "copy"])?;
     Ok(())
 }

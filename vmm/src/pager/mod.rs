@@ -1,7 +1,8 @@
 //! Gives a restored guest its memory: the pages of a chain of layers, in one of two ways.
 //!
 //! By mapping: each run of pages is laid over guest memory, privately, straight from its layer's file. The host's kernel brings a page in when
-//! it is touched, all restores of a snapshot share the page cache, and a page that is written becomes the guest's own. Nothing is checked on the way.
+//! it is touched, all restores of a snapshot share the page cache, and a page that is written becomes the guest's own. Nothing is checked on the way, but
+//! a layer that is cut short ends the VM where that shows.
 //!
 //! By faults: guest memory stays anonymous, and a thread brings each page when it is touched (userfaultfd), checked. The order in which
 //! pages are wanted is recorded on the way.
@@ -12,6 +13,7 @@
 
 #[cfg(test)]
 mod cost;
+mod lost;
 mod map;
 mod replay;
 mod server;
@@ -31,6 +33,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use snapshot_fmt::chain::Chain;
 use thiserror::Error;
 
+use self::lost::LostPages;
 use self::replay::Progress;
 use self::server::{PageError, Server};
 use self::space::Space;
@@ -143,7 +146,7 @@ enum Way {
 }
 
 impl Pager {
-    /// Makes `memory`, which nobody has touched, that of the snapshot. A page that cannot be had later on, by faults, is written to `exit`.
+    /// Makes `memory`, which nobody has touched, that of the snapshot. A page that cannot be had later on is written to `exit`.
     pub fn start(pages: Pages, memory: &GuestMemory, exit: &ExitLatch) -> Result<Self, PagerError> {
         let Pages {
             chain,
@@ -156,7 +159,7 @@ impl Pager {
             return Err(PagerError::Size { saved, machine });
         }
         let way = match mode {
-            Mode::Map => Way::Mapped(MapPager::start(&chain, working_set, memory)?),
+            Mode::Map => Way::Mapped(MapPager::start(&chain, working_set, memory, exit)?),
             Mode::Fault => Way::Faults(FaultPager::start(&chain, working_set, memory, exit)?),
         };
         Ok(Self { chain, way })
@@ -164,8 +167,11 @@ impl Pager {
 
     /// Says that the machine is made and its guest runs from now on, with somebody watching the latch. To be called before that.
     pub fn guest_starts(&self) -> Result<(), PagerError> {
-        self.server()
-            .map_or(Ok(()), |server| Ok(server.guest_starts()?))
+        let started = match &self.way {
+            Way::Mapped(pager) => pager.lost.guest_starts(),
+            Way::Faults(pager) => pager.server.guest_starts(),
+        };
+        Ok(started?)
     }
 
     /// The layers that memory comes from.
@@ -189,7 +195,18 @@ impl Pager {
 
     /// Whether a page could not be had: whoever touched it waits until the process ends, and must not be waited for.
     pub fn has_failed(&self) -> bool {
-        self.server().is_some_and(Server::has_failed)
+        match &self.way {
+            Way::Mapped(pager) => pager.lost.is_waited_for(),
+            Way::Faults(pager) => pager.server.has_failed(),
+        }
+    }
+
+    /// Fails where pages that are mapped have gone with a part of their layer, and with them what the guest has written there.
+    pub fn check(&self) -> Result<(), PagerError> {
+        match &self.way {
+            Way::Mapped(pager) => Ok(pager.lost.check()?),
+            Way::Faults(_) => Ok(()),
+        }
     }
 
     fn server(&self) -> Option<&Server> {
@@ -207,6 +224,7 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 
 /// Pages that are mapped, and the thread that brings the working set.
 struct MapPager {
+    lost: Arc<LostPages>,
     replay: Arc<Progress>,
     thread: Option<JoinHandle<()>>,
 }
@@ -216,8 +234,10 @@ impl MapPager {
         chain: &Arc<Chain>,
         working_set: Vec<u64>,
         memory: &GuestMemory,
+        exit: &ExitLatch,
     ) -> Result<Self, PagerError> {
         map::map(chain, memory)?;
+        let lost = LostPages::watch(chain, Space::of(memory), exit)?;
         let replay = Arc::new(Progress::default());
         let thread = if working_set.is_empty() {
             None
@@ -226,7 +246,11 @@ impl MapPager {
             let work = move || replay::into_cache(&own, &chain, &working_set);
             Some(spawn("replay", work)?)
         };
-        Ok(Self { replay, thread })
+        Ok(Self {
+            lost,
+            replay,
+            thread,
+        })
     }
 }
 

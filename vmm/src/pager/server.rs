@@ -53,6 +53,14 @@ pub enum PageError {
         /// What the system said.
         errno: Errno,
     },
+    /// It was mapped, and the host's kernel has it no more, though its layer can be read.
+    #[error(
+        "page {page} of the guest's memory cannot be had: the host has lost it; look at the host's log for memory or disk errors"
+    )]
+    Gone {
+        /// The page.
+        page: u64,
+    },
 }
 
 /// What a page gets.

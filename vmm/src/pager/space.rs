@@ -42,6 +42,14 @@ impl Space {
         }
     }
 
+    /// The addresses of all pages, in ranges.
+    pub fn addresses(&self) -> impl Iterator<Item = Range<usize>> {
+        self.pieces.iter().filter_map(|piece| {
+            let end = piece.address + piece.count * PAGE_BYTES;
+            Some(usize::try_from(piece.address).ok()?..usize::try_from(end).ok()?)
+        })
+    }
+
     /// The page that `address` lies in.
     pub fn page_at(&self, address: u64) -> Option<u64> {
         self.pieces.iter().find_map(|piece| {

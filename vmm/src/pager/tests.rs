@@ -9,10 +9,11 @@ use snapshot_fmt::chain::Chain;
 use snapshot_fmt::layer::{Layer, offset_of_stored};
 use tempfile::NamedTempFile;
 
-use super::testing::{Random, chain, content, guest, layer, read, restore, touch, write};
+use super::testing::{Random, Restored, chain, content, guest, layer, read, restore, touch, write};
 use super::{Mode, PagerError, Pages};
 use crate::exit::{ExitLatch, ExitReason};
 use crate::snapshot::memory_layer::{LayerInProgress, Lineage};
+use crate::sys::fork::Child;
 
 const LONG: Duration = Duration::from_secs(20);
 /// How long one waits for what must not happen.
@@ -255,6 +256,105 @@ fn a_layer_that_is_cut_short_ends_the_vm() {
     // The index was there when it was opened. Hashes of a page are there, or its bytes, or neither.
     file.as_file().set_len(offset_of_stored(100)).unwrap();
     ends_the_vm(&file, layer, 250, std::iter::empty());
+}
+
+/// Memory that is mapped from a layer of 300 pages, which then loses those from page 100 on.
+fn cut_short() -> (NamedTempFile, Restored) {
+    let file = layer(&(1..=300).collect::<Vec<_>>(), None);
+    let restored = restore(&chain([&file]), Mode::Map, Vec::new());
+    // The guest's own copy goes as well.
+    write(&restored.memory, 270, &content(9));
+    file.as_file().set_len(offset_of_stored(100)).unwrap();
+    (file, restored)
+}
+
+fn names(why: &str, file: &NamedTempFile, page: u64) {
+    let name = file.path().to_str().unwrap();
+    assert!(
+        why.contains(name) && why.contains(&format!("page {page} ")),
+        "{why}"
+    );
+}
+
+#[test]
+fn a_mapped_page_that_is_gone_ends_the_vm_and_whoever_touches_it_waits() {
+    let (file, restored) = cut_short();
+    let found = touch_in_thread(&restored.memory, 270);
+    names(&wait_for_reason(&restored.exit), &file, 270);
+    assert!(restored.pager.has_failed());
+    assert!(rustix::io::read(restored.exit.event(), &mut [0; 8]).is_ok());
+    assert!(read(&restored.memory, 99) == content(100));
+    drop(restored.pager);
+    let again = touch_in_thread(&restored.memory, 100);
+    assert!(again.recv_timeout(SHORT).is_err());
+    assert!(found.recv_timeout(SHORT).is_err());
+}
+
+#[test]
+fn a_system_call_that_meets_a_page_that_is_gone_is_not_answered() {
+    let (file, restored) = cut_short();
+    let (tell, answered) = channel();
+    let memory = Arc::clone(&restored.memory);
+    std::thread::spawn(move || {
+        let disk = tempfile::tempfile().unwrap();
+        let (_, slice) = crate::memory::pages(&memory, 150, 1).next().unwrap();
+        tell.send(crate::sys::vectored::write_at(&disk, &[slice], 0))
+    });
+    names(&wait_for_reason(&restored.exit), &file, 150);
+    assert!(answered.recv_timeout(SHORT).is_err());
+}
+
+#[test]
+fn an_end_behind_which_a_page_is_gone_says_so() {
+    let died = || ExitReason::VcpuDied {
+        vcpu: 0,
+        why: "KVM_RUN failed".to_owned(),
+    };
+    let (file, restored) = cut_short();
+    restored.exit.set(died());
+    names(&wait_for_reason(&restored.exit), &file, 100);
+    names(&restored.pager.check().unwrap_err().to_string(), &file, 100);
+    // Nobody waits for it.
+    assert!(!restored.pager.has_failed());
+
+    let (_file, restored) = cut_short();
+    restored.exit.set(ExitReason::Stopped);
+    assert_eq!(restored.exit.get(), Some(ExitReason::Stopped));
+
+    let whole = layer(&[1, 2, 3], None);
+    let restored = restore(&chain([&whole]), Mode::Map, Vec::new());
+    restored.exit.set(died());
+    assert_eq!(restored.exit.get(), Some(died()));
+    assert!(restored.pager.check().is_ok());
+}
+
+#[test]
+fn a_machine_that_was_to_be_made_with_a_page_that_is_gone_never_runs() {
+    let file = layer(&(1..=300).collect::<Vec<_>>(), None);
+    let chain = chain([&file]);
+    let memory = guest(300);
+    let exit = ExitLatch::new().unwrap();
+    let pages = Pages {
+        chain,
+        mode: Mode::Map,
+        working_set: Vec::new(),
+    };
+    let pager = super::Pager::start(pages, &memory, &exit).unwrap();
+    file.as_file().set_len(offset_of_stored(100)).unwrap();
+    // Whoever makes the machine is not held up.
+    assert!(read(&memory, 200) == content(0));
+    names(&pager.guest_starts().unwrap_err().to_string(), &file, 200);
+}
+
+#[test]
+fn a_child_that_meets_a_page_that_is_gone_dies() {
+    let (_file, restored) = cut_short();
+    let (_, slice) = crate::memory::pages(&restored.memory, 200, 1)
+        .next()
+        .unwrap();
+    let child = Child::fork(&[], |frozen| frozen.bytes(&slice)[0]).unwrap();
+    assert_eq!(child.wait().unwrap(), None);
+    assert_eq!(restored.exit.get(), None);
 }
 
 #[test]

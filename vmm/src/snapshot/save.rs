@@ -1,6 +1,7 @@
 //! Takes a snapshot of a machine, into a store.
 
 use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -198,6 +199,10 @@ fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
         disks.push(moment);
     }
     let memory = frozen.memory.finish().map_err(SnapshotError::Memory)?;
+    if let Some(pager) = order.machine.pager() {
+        let whole = pager.check();
+        whole.map_err(|error| SnapshotError::Memory(io::Error::other(error)))?;
+    }
     let mut files = vec![
         entry(STATE, state.bytes, state.digest),
         entry(MEMORY, memory.bytes, memory.digest),

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 pub mod advise;
+pub mod bus_error;
 pub mod file_mapping;
 pub mod fork;
 pub mod overlay;

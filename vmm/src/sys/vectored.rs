@@ -10,6 +10,8 @@ use std::os::fd::AsRawFd;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
+use super::bus_error::wait_where_lost;
+
 /// Most pieces of one call (`UIO_MAXIOV`).
 pub const MAX_PIECES: usize = 1024;
 
@@ -33,7 +35,7 @@ pub fn read_at<B: BitmapSlice>(
     // SAFETY: Every piece is the memory of a volatile slice, valid for writes of its length while its
     // guard lives, and nobody holds a Rust reference to it. The count is that of the vector.
     let done = unsafe { libc::preadv64(file.as_raw_fd(), pieces.as_ptr(), count(&pieces), offset) };
-    let done = usize::try_from(done).map_err(|_| io::Error::last_os_error())?;
+    let done = transferred(done, slices)?;
     let mut left = done;
     for slice in slices {
         let len = slice.len().min(left);
@@ -63,7 +65,14 @@ pub fn write_at<B: BitmapSlice>(
     // guard lives, and pwritev does not write to it. The count is that of the vector.
     let done =
         unsafe { libc::pwritev64(file.as_raw_fd(), pieces.as_ptr(), count(&pieces), offset) };
-    usize::try_from(done).map_err(|_| io::Error::last_os_error())
+    transferred(done, slices)
+}
+
+/// What a call that was to transfer `slices` has returned.
+fn transferred<B: BitmapSlice>(done: isize, slices: &[VolatileSlice<B>]) -> io::Result<usize> {
+    usize::try_from(done)
+        .map_err(|_| io::Error::last_os_error())
+        .inspect_err(|error| wait_where_lost(error, slices))
 }
 
 fn count(pieces: &[libc::iovec]) -> libc::c_int {

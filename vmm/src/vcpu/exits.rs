@@ -2,6 +2,7 @@
 
 use kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::VcpuContext;
 use crate::exit::ExitReason;
@@ -32,12 +33,16 @@ pub fn run_once(vcpu: &mut VcpuFd, context: &VcpuContext) -> Next {
             return Next::Run;
         }
         Ok(VcpuExit::MmioRead(address, data)) => {
-            context.mmio.read(address, data);
-            return Next::Run;
+            if context.mmio.read(address, data) || !is_ram(context, address) {
+                return Next::Run;
+            }
+            unreachable_ram(address)
         }
         Ok(VcpuExit::MmioWrite(address, data)) => {
-            context.mmio.write(address, data);
-            return Next::Run;
+            if context.mmio.write(address, data) || !is_ram(context, address) {
+                return Next::Run;
+            }
+            unreachable_ram(address)
         }
         Ok(VcpuExit::Intr) => return Next::Interrupted,
         Ok(VcpuExit::Shutdown) => {
@@ -64,6 +69,15 @@ pub fn run_once(vcpu: &mut VcpuFd, context: &VcpuContext) -> Next {
         Err(errno) => format!("KVM_RUN failed: {}", std::io::Error::from(errno)),
     };
     Next::Exit(ExitReason::VcpuDied { vcpu: id, why })
+}
+
+fn is_ram(context: &VcpuContext, address: u64) -> bool {
+    context.memory.address_in_range(GuestAddress(address))
+}
+
+/// KVM's emulator takes memory that it cannot reach for a device's.
+fn unreachable_ram(address: u64) -> String {
+    format!("KVM cannot reach the guest's memory at {address:#x}")
 }
 
 fn rip(vcpu: &VcpuFd) -> Option<u64> {
@@ -93,7 +107,6 @@ fn internal_error(vcpu: &mut VcpuFd, context: &VcpuContext) -> ExitReason {
 }
 
 fn instruction_bytes(vcpu: &VcpuFd, context: &VcpuContext, rip: u64) -> Option<Vec<u8>> {
-    use vm_memory::{Bytes, GuestAddress};
     let translation = vcpu.translate_gva(rip).ok().filter(|t| t.valid != 0)?;
     let in_page = usize::try_from(0x1000 - (rip & 0xfff)).unwrap_or(0);
     let mut bytes = vec![0; INSTRUCTION_MAX.min(in_page)];

@@ -23,6 +23,7 @@ use super::packet::{
     HOST_CID, Header, MAX_PAYLOAD, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM, op,
 };
 use crate::devices::virtio::GuestSlice;
+use crate::sys::bus_error::wait_where_lost;
 
 mod state;
 
@@ -233,7 +234,8 @@ impl Connection {
                     }
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
                     Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                    Err(_) => {
+                    Err(error) => {
+                        wait_where_lost(&error, &[rest]);
                         self.stop_receiving();
                         self.advance(u32::try_from(rest.len()).unwrap_or(u32::MAX));
                         break;
@@ -393,7 +395,8 @@ impl Connection {
                     self.readable = false;
                     return None;
                 }
-                Err(_) => {
+                Err(error) => {
+                    wait_where_lost(&error, &[space]);
                     self.hung_up = true;
                     self.stop_receiving();
                     break;
