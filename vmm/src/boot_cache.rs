@@ -134,6 +134,7 @@ impl BootCache {
             lineage: Lineage::default(),
             parent_disks: None,
             parent: None,
+            is_given_up: &|| false,
         };
         take(order, &self.store)?;
         let limits = GcLimits {

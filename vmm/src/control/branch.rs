@@ -103,7 +103,7 @@ impl Control {
         request: BranchRequest,
         client: &UnixStream,
     ) -> Result<BranchView, ErrorBody> {
-        let (children, view) = self.conceive(request)?;
+        let (children, view) = self.conceive(request, client)?;
         if client_is_gone(client) {
             let message = "nobody waits for the children any more";
             return Err(ErrorBody::new(ErrorCode::Conflict, message));
@@ -115,10 +115,11 @@ impl Control {
         Ok(view)
     }
 
-    /// Makes children, each ready for work. Those that are dropped before they are released end.
+    /// Makes children for `client`, each ready for work. Those that are dropped before they are released end.
     pub(super) fn conceive(
         &self,
         request: BranchRequest,
+        client: &UnixStream,
     ) -> Result<(Vec<Unborn>, BranchView), ErrorBody> {
         let count = request.count;
         if !(1..=COUNT_MAX).contains(&count) {
@@ -171,7 +172,9 @@ impl Control {
             })
             .collect::<io::Result<Vec<_>>>()
             .map_err(internal)?;
-        let point = freezing.finish().map_err(refused)?;
+        let point = freezing
+            .finish(&|| client_is_gone(client))
+            .map_err(refused)?;
         drop(machine);
         let layers = origin.map_or(&[][..], Chain::layers).iter();
         let files: Vec<&File> = [&point.state]

@@ -210,11 +210,12 @@ impl Control {
     /// Carries it out, and sends what comes of it as it comes. An error is what was refused before anything was sent.
     pub(super) fn explore(&self, body: &ExploreBody, stream: &UnixStream) -> Result<(), ErrorBody> {
         body.runs.iter().try_for_each(check)?;
-        let (children, view) = self.conceive(BranchRequest {
+        let request = BranchRequest {
             count: u32::try_from(body.runs.len()).unwrap_or(u32::MAX),
             name: body.name.clone(),
             ..BranchRequest::default()
-        })?;
+        };
+        let (children, view) = self.conceive(request, stream)?;
         let started = stream
             .set_write_timeout(None)
             .and_then(|()| Chunks::start(stream, "application/x-ndjson"));

@@ -254,7 +254,11 @@ fn stop(control: &Control, request: &Request, _: &mut UnixStream) -> Result<Repl
     json(&StopView { forced })
 }
 
-fn snapshot(control: &Control, request: &Request, _: &mut UnixStream) -> Result<Reply, ErrorBody> {
+fn snapshot(
+    control: &Control,
+    request: &Request,
+    stream: &mut UnixStream,
+) -> Result<Reply, ErrorBody> {
     refuse_while_stopping(control)?;
     let request = body(request)?;
     let machine = control.machine()?;
@@ -263,9 +267,10 @@ fn snapshot(control: &Control, request: &Request, _: &mut UnixStream) -> Result<
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .clone();
-    let taken = control
-        .snapshots
-        .take(&machine, agent.as_ref(), &control.record, request)?;
+    let taken =
+        control
+            .snapshots
+            .take(&machine, agent.as_ref(), &control.record, request, stream)?;
     json(&taken)
 }
 

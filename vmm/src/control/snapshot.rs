@@ -1,10 +1,12 @@
 //! `POST /v1/snapshot`: saves the sandbox while it runs on.
 
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use snapshot_fmt::chain::Chain;
 use snapshot_fmt::manifest::Programs;
 
+use super::routes::client_is_gone;
 use super::types::{ErrorBody, ErrorCode, SnapshotRequest, SnapshotView};
 use crate::agent::Agent;
 use crate::config::VmConfig;
@@ -52,15 +54,16 @@ impl Snapshots {
         }
     }
 
-    /// Takes one. Others wait.
+    /// Takes one for `client`, and gives it up where that has gone away. Others wait.
     pub fn take(
         &self,
         machine: &Machine,
         agent: Option<&Agent>,
         record: &Record,
         request: SnapshotRequest,
+        client: &UnixStream,
     ) -> Result<SnapshotView, ErrorBody> {
-        self.try_take(machine, agent, record, request)
+        self.try_take(machine, agent, record, request, client)
             .map_err(|error| ErrorBody::new(code(&error), error.to_string()))
     }
 
@@ -70,6 +73,7 @@ impl Snapshots {
         agent: Option<&Agent>,
         record: &Record,
         request: SnapshotRequest,
+        client: &UnixStream,
     ) -> Result<SnapshotView, SnapshotError> {
         let store = Store::of_user()?;
         let mut parent = self.parent.lock().unwrap_or_else(PoisonError::into_inner);
@@ -88,6 +92,7 @@ impl Snapshots {
             },
             parent_disks: base.map(|parent| &parent.snapshot.chains.disks),
             parent: base.map(|parent| parent.snapshot.held.snapshot().id()),
+            is_given_up: &|| client_is_gone(client),
         };
         let Taken {
             held,

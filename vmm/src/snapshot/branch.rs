@@ -85,12 +85,15 @@ pub fn freeze(
 }
 
 impl Freezing {
-    /// Waits until everything is written.
-    pub fn finish(self) -> Result<Point, SnapshotError> {
+    /// Waits until everything is written, or `is_given_up` says that nobody wants it any more.
+    pub fn finish(self, is_given_up: &dyn Fn() -> bool) -> Result<Point, SnapshotError> {
         let Self { frozen, memory } = self;
         let state = memory_file(STATE)?;
         state_file::write(&state, Path::new(STATE), &frozen.state)?;
-        let summary = frozen.memory.finish().map_err(SnapshotError::Memory)?;
+        let summary = frozen
+            .memory
+            .finish(is_given_up)
+            .map_err(SnapshotError::Memory)?;
         Ok(Point {
             state,
             memory,

@@ -13,6 +13,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use snapshot_fmt::chain::{Chain, Source};
 use snapshot_fmt::delta::DeltaWriter;
@@ -27,6 +29,11 @@ use crate::sys::fork::{Child, Frozen, pipe};
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const OF_FILE: u64 = 1 << 61;
+/// How often to ask whether the layer is still wanted.
+const GIVEN_UP_PAUSE: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000_000,
+};
 /// Pages whose entries are read at once: 64 KiB of entries, 32 MiB of memory.
 const PAGES_PER_READ: usize = 8192;
 
@@ -100,10 +107,25 @@ impl LayerInProgress {
         Ok(Self { child, answer })
     }
 
-    /// Waits until the layer is written and on the disk.
-    pub fn finish(mut self) -> io::Result<LayerSummary> {
+    /// Waits until the layer is written and on the disk, or until `is_given_up` says, which is asked now and then, that nobody wants it any more.
+    pub fn finish(mut self, is_given_up: impl Fn() -> bool) -> io::Result<LayerSummary> {
         let mut text = Vec::new();
-        self.answer.read_to_end(&mut text)?;
+        loop {
+            let mut fds = [PollFd::new(&self.answer, PollFlags::IN)];
+            match poll(&mut fds, Some(&GIVEN_UP_PAUSE)) {
+                Ok(0) if is_given_up() => {
+                    return Err(io::Error::other("nobody waits for the snapshot any more"));
+                }
+                Ok(0) | Err(Errno::INTR) => continue,
+                Ok(_) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            let mut piece = [0; 1024];
+            match self.answer.read(&mut piece)? {
+                0 => break,
+                len => text.extend_from_slice(&piece[..len]),
+            }
+        }
         let status = self.child.wait()?;
         match serde_json::from_slice(&text) {
             Ok(Answer::Written(summary)) => Ok(summary),
@@ -221,7 +243,7 @@ mod tests {
     fn save(memory: &GuestMemory, lineage: Lineage<'_>) -> (Layer, LayerSummary) {
         let file = tempfile::NamedTempFile::new().unwrap();
         let layer = LayerInProgress::begin(memory, file.as_file(), file.path(), lineage).unwrap();
-        let summary = layer.finish().unwrap();
+        let summary = layer.finish(|| false).unwrap();
         (
             Layer::open(file.reopen().unwrap(), file.path()).unwrap(),
             summary,
@@ -330,9 +352,31 @@ mod tests {
             LayerInProgress::begin(&memory, file.as_file(), file.path(), Lineage::default())
                 .unwrap();
         (0..128).for_each(|page| fill(&memory, page, 2));
-        layer.finish().unwrap();
+        layer.finish(|| false).unwrap();
         let layer = Layer::open(file.reopen().unwrap(), file.path()).unwrap();
         assert_eq!(first_bytes(&restored(vec![layer])), [1; 128]);
+    }
+
+    #[test]
+    fn a_writer_that_hangs_can_be_given_up() {
+        let memory = memory::create(&RAM).unwrap();
+        fill(&memory, 0, 1);
+        let child = Child::fork(&[], |_| {
+            loop {
+                std::thread::park();
+            }
+        });
+        // Nobody writes, nobody closes.
+        let (answer, _question) = pipe().unwrap();
+        let layer = LayerInProgress {
+            child: child.unwrap(),
+            answer,
+        };
+        let asked = std::cell::Cell::new(0);
+        let given_up = layer.finish(|| asked.replace(asked.get() + 1) > 0);
+        assert!(given_up.unwrap_err().to_string().contains("nobody waits"));
+        assert_eq!(asked.get(), 2);
+        save(&memory, Lineage::default());
     }
 
     #[test]
@@ -347,7 +391,7 @@ mod tests {
             Lineage::default(),
         )
         .unwrap();
-        let error = layer.finish().unwrap_err().to_string();
+        let error = layer.finish(|| false).unwrap_err().to_string();
         assert!(error.contains("memory.layer"), "{error}");
     }
 }

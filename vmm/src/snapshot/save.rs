@@ -44,6 +44,8 @@ pub struct Order<'a> {
     pub parent_disks: Option<&'a DiskChains>,
     /// The snapshot of `lineage`'s parent.
     pub parent: Option<Digest>,
+    /// Says that nobody wants the snapshot any more.
+    pub is_given_up: &'a dyn Fn() -> bool,
 }
 
 /// A snapshot that was taken.
@@ -198,7 +200,10 @@ fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
         of_disks.push(entry(&disk_layer(drive), layer.bytes, layer.digest));
         disks.push(moment);
     }
-    let memory = frozen.memory.finish().map_err(SnapshotError::Memory)?;
+    let memory = frozen
+        .memory
+        .finish(order.is_given_up)
+        .map_err(SnapshotError::Memory)?;
     if let Some(pager) = order.machine.pager() {
         let whole = pager.check();
         whole.map_err(|error| SnapshotError::Memory(io::Error::other(error)))?;
