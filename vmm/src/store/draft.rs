@@ -11,7 +11,7 @@ use snapshot_fmt::manifest::{MANIFEST, Manifest, WORKING_SET, is_name};
 use snapshot_fmt::snapshot::Snapshot;
 
 use super::error::io_error;
-use super::{DRAFT, Held, LOCK, Store, StoreError};
+use super::{DRAFT, Held, LOCK, Store, StoreError, sync};
 
 /// A directory for the files of a snapshot. Dropped, it is removed with all that is in it; left by a process that was killed, it is
 /// removed by whoever begins the next.
@@ -149,11 +149,4 @@ impl Drop for Draft {
             log::warn!("cannot remove {}: {error}", self.path.display());
         }
     }
-}
-
-/// Waits until a file or directory is on the disk. Returns its length in bytes.
-fn sync(path: &Path) -> Result<u64, StoreError> {
-    let file = File::open(path).map_err(io_error("open", path))?;
-    file.sync_all().map_err(io_error("sync", path))?;
-    Ok(file.metadata().map_err(io_error("look at", path))?.len())
 }

@@ -96,6 +96,29 @@ impl Held {
     }
 }
 
+/// Makes `dir`, and what is missing above it, and has each name on the disk: what is published there later is found after a crash.
+fn make_dir(dir: &Path) -> Result<(), StoreError> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    let above = dir.parent().filter(|above| !above.as_os_str().is_empty());
+    let above = above.unwrap_or(Path::new("."));
+    make_dir(above)?;
+    match DirBuilder::new().mode(0o700).create(dir) {
+        // Somebody else was quicker, and perhaps has not synced it yet.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        made => made.map_err(io_error("make", dir))?,
+    }
+    sync(above).map(drop)
+}
+
+/// Waits until a file or directory is on the disk. Returns its length in bytes.
+fn sync(path: &Path) -> Result<u64, StoreError> {
+    let file = File::open(path).map_err(io_error("open", path))?;
+    file.sync_all().map_err(io_error("sync", path))?;
+    Ok(file.metadata().map_err(io_error("look at", path))?.len())
+}
+
 /// A directory that should be a snapshot.
 #[derive(Debug)]
 pub struct Entry {
@@ -274,9 +297,7 @@ impl Store {
 
     /// Makes the directory, and keeps others from publishing and removing for as long as the file lives.
     fn lock_all(&self) -> Result<File, StoreError> {
-        let mut builder = DirBuilder::new();
-        let made = builder.recursive(true).mode(0o700).create(&self.dir);
-        made.map_err(io_error("make", &self.dir))?;
+        make_dir(&self.dir)?;
         let path = self.dir.join(LOCK);
         let lock = File::create(&path).map_err(io_error("make", &path))?;
         flock(&lock, FlockOperation::LockExclusive)
