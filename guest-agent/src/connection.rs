@@ -26,7 +26,7 @@ use crate::files::{self, Task};
 use crate::identity::Identity;
 use crate::output::Output;
 use crate::program::Program;
-use crate::restored::{self, Random};
+use crate::restored::{self, Prepared};
 use crate::sys::Ended;
 use crate::warm::{Outcome, Warm};
 use crate::{runners, spawn};
@@ -48,8 +48,8 @@ pub struct Context<'a> {
     pub is_restored: &'a mut bool,
     /// Makes the control groups of programs.
     pub cgroups: &'a mut Cgroups,
-    /// What a restored guest's random numbers start anew with.
-    pub random: &'a mut Random,
+    /// What a restored guest needs at once.
+    pub prepared: &'a mut Prepared,
     /// The interpreters that stand ready.
     pub warm: &'a mut Warm,
 }
@@ -430,7 +430,7 @@ impl Connection {
                 "this agent is not PID 1 and cannot change the guest's clock",
             ));
         }
-        restored::restored(restored, context.random)?;
+        restored::restored(restored, context.prepared)?;
         *context.is_restored = true;
         self.output.push(id, Kind::Done(Done {}));
         Ok(())

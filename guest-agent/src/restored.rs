@@ -4,7 +4,9 @@
 //! here is time that its user waits; what can be done ahead, while the guest boots, is.
 
 use guest_agent::proto::{ErrorCode, Restored};
-use rustix::fs::{Mode, OFlags, open};
+use rustix::fs::{Mode, OFlags, fstat, ftruncate, open};
+use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::system::sethostname;
 use rustix::time::{ClockId, Timespec, clock_settime};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,18 +21,31 @@ const ENTROPY: std::ops::RangeInclusive<usize> = 32..=512;
 const MAX_HOSTNAME: usize = 64;
 
 const MACHINE_ID: &str = "/etc/machine-id";
+/// 32 hexadecimal digits and the end of the line.
+const MACHINE_ID_BYTES: i64 = 33;
 
-/// The kernel's random numbers. It is never closed: that would cost a grace period of RCU, each time.
+/// Files that a restored guest needs at once, and that stay open: to open them, and to close a device, takes a software KVM longer than all else here.
 #[derive(Default)]
-pub struct Random(Option<OwnedFd>);
+pub struct Prepared {
+    random: Option<OwnedFd>,
+    machine_id: Option<OwnedFd>,
+}
 
-impl Random {
-    /// Opens it if it is not open.
+impl Prepared {
+    /// Opens what there is; the guest gets a machine id where it has none.
     ///
     /// # Errors
     /// A failure that names the file.
-    pub fn open(&mut self) -> Result<BorrowedFd<'_>, Failure> {
-        let device = match self.0.take() {
+    pub fn open(&mut self) -> Result<(), Failure> {
+        self.random()?;
+        // Where that fails, it fails again when it is wanted.
+        let _ = self.machine_id();
+        Ok(())
+    }
+
+    /// The kernel's random numbers.
+    fn random(&mut self) -> Result<BorrowedFd<'_>, Failure> {
+        let device = match self.random.take() {
             Some(device) => device,
             None => open(
                 "/dev/urandom",
@@ -39,8 +54,40 @@ impl Random {
             )
             .map_err(|errno| Failure::internal("open /dev/urandom", errno))?,
         };
-        let device: &OwnedFd = self.0.insert(device);
+        let device: &OwnedFd = self.random.insert(device);
         Ok(device.as_fd())
+    }
+
+    /// The file of the machine id (machine-id(5)), which is there and has its length.
+    fn machine_id(&mut self) -> Result<BorrowedFd<'_>, Errno> {
+        // Somebody may have put another in its place.
+        let is_there = |file: &OwnedFd| fstat(file).is_ok_and(|stat| stat.st_nlink > 0);
+        let file = match self.machine_id.take().filter(is_there) {
+            Some(file) => file,
+            None => {
+                let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
+                let file = open(MACHINE_ID, flags, Mode::from_raw_mode(0o444))?;
+                if fstat(&file)?.st_size != MACHINE_ID_BYTES {
+                    let mut id = [0; 16];
+                    getrandom(&mut id, GetRandomFlags::INSECURE)?;
+                    let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+                    ftruncate(&file, 0)?;
+                    write_id(file.as_fd(), &id)?;
+                }
+                file
+            }
+        };
+        let file: &OwnedFd = self.machine_id.insert(file);
+        Ok(file.as_fd())
+    }
+}
+
+/// Writes a machine id in place of the one that the file has, at once.
+fn write_id(file: BorrowedFd<'_>, id: &str) -> Result<(), Errno> {
+    let line = format!("{id}\n");
+    match rustix::io::pwrite(file, line.as_bytes(), 0)? {
+        written if written == line.len() => Ok(()),
+        _ => Err(Errno::NOSPC),
     }
 }
 
@@ -48,16 +95,22 @@ impl Random {
 ///
 /// # Errors
 /// A field that cannot be, by name, or a system call that failed. The guest is not to be used then.
-pub fn restored(request: &Restored, random: &mut Random) -> Result<(), Failure> {
+pub fn restored(request: &Restored, prepared: &mut Prepared) -> Result<(), Failure> {
     let time = check(request).map_err(|what| Failure::new(ErrorCode::InvalidArgument, what))?;
 
-    sys::reseed(random.open()?, &request.entropy)
+    sys::reseed(prepared.random()?, &request.entropy)
         .map_err(|errno| Failure::internal("add entropy to /dev/urandom", errno))?;
     clock_settime(ClockId::Realtime, time)
         .map_err(|errno| Failure::internal("clock_settime", errno))?;
     if !request.machine_id.is_empty() {
-        std::fs::write(MACHINE_ID, format!("{}\n", request.machine_id))
-            .map_err(|error| Failure::internal(MACHINE_ID, error))?;
+        let written = prepared
+            .machine_id()
+            .and_then(|file| write_id(file, &request.machine_id));
+        match written {
+            // A guest that cannot write there has no id of its own to begin with.
+            Ok(()) | Err(Errno::ROFS) => {}
+            Err(errno) => return Err(Failure::internal(MACHINE_ID, errno)),
+        }
     }
     if !request.hostname.is_empty() {
         sethostname(request.hostname.as_bytes())

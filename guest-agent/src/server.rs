@@ -19,7 +19,7 @@ use crate::cgroup::{Cgroup, Cgroups};
 use crate::connection::{Connection, Context};
 use crate::failure::Failure;
 use crate::program::{Program, STDIN_WINDOW};
-use crate::restored::Random;
+use crate::restored::Prepared;
 use crate::signals::Signals;
 use crate::warm::{Warm, Which};
 use crate::{power, sys};
@@ -61,7 +61,7 @@ pub struct Server {
     warm: Warm,
     /// Control groups that are to be removed as soon as their last process is gone.
     remains: Vec<Cgroup>,
-    random: Random,
+    prepared: Prepared,
     shutdown: Option<Shutdown>,
 }
 
@@ -87,7 +87,7 @@ impl Server {
             cgroups: Cgroups::new(is_init),
             warm: Warm::default(),
             remains: Vec::new(),
-            random: Random::default(),
+            prepared: Prepared::default(),
             shutdown: None,
         })
     }
@@ -113,7 +113,7 @@ impl Server {
     /// # Errors
     /// A failure that names the system call.
     pub fn prepare_restored(&mut self) -> Result<(), Failure> {
-        self.random.open().map(drop)
+        self.prepared.open()
     }
 
     fn call(&mut self, dial: &Dial) -> Result<(), Failure> {
@@ -332,7 +332,7 @@ impl Server {
                 shutdown: &mut self.shutdown,
                 is_restored: &mut is_restored,
                 cgroups: &mut self.cgroups,
-                random: &mut self.random,
+                prepared: &mut self.prepared,
                 warm: &mut self.warm,
             });
         } else if flags.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {

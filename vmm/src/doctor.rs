@@ -303,14 +303,8 @@ fn examine_open_files() -> Finding {
 
 fn examine_memory() -> Finding {
     let total = host::memory_bytes() >> 20;
-    let available = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        line.trim().trim_end_matches(" kB").parse::<u64>().ok()
-    });
-    let found = match available {
-        Some(kib) => format!("{total} MiB, {} MiB of it available", kib >> 10),
+    let found = match host::available_memory_bytes() {
+        Some(bytes) => format!("{total} MiB, {} MiB of it available", bytes >> 20),
         None => format!("{total} MiB"),
     };
     match rustix::process::getrlimit(rustix::process::Resource::As).current {

@@ -11,7 +11,7 @@ use super::{CliError, find_failed, print, print_json};
 use crate::control::client::ask;
 use crate::control::types::{BranchRequest, BranchView};
 use crate::sandbox::list::find;
-use crate::sizes::duration;
+use crate::sizes::{duration, memory_mib};
 
 /// How long it may take. A child gives up before.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -34,6 +34,9 @@ pub struct BranchArgs {
     /// End each after this time
     #[arg(long, value_name = "TIME", value_parser = duration)]
     ttl: Option<Duration>,
+    /// Memory that each is expected to come to have for itself; without that much for all of them there are none
+    #[arg(long, value_name = "SIZE", default_value = "16", value_parser = memory_mib)]
+    reserve: u64,
     /// Give each a label to be told apart by, besides the sandbox's own
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = label)]
     label: Vec<(String, String)>,
@@ -56,6 +59,7 @@ pub fn branch(args: &BranchArgs) -> Result<u8, CliError> {
             .ttl
             .map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
         labels: args.label.iter().cloned().collect(),
+        reserve_mib: args.reserve,
     };
     let socket = sandbox.paths.api_socket();
     let view: BranchView = ask(&socket, "POST", "/v1/branch", &request, PATIENCE)

@@ -43,6 +43,7 @@ pub struct Listed {
     dir: String,
     uptime_ms: Option<u64>,
     resident_bytes: Option<u64>,
+    private_bytes: Option<u64>,
 }
 
 impl Listed {
@@ -55,6 +56,7 @@ impl Listed {
             dir: sandbox.paths.dir().to_string_lossy().into_owned(),
             uptime_ms: None,
             resident_bytes: None,
+            private_bytes: None,
         };
         listed.state = match (sandbox.alive, &sandbox.exit) {
             (false, Some(_)) => "ended",
@@ -73,10 +75,12 @@ impl Listed {
                     state,
                     uptime_ms,
                     resident_bytes,
+                    private_bytes,
                     ..
                 }) => {
                     listed.uptime_ms = Some(uptime_ms);
                     listed.resident_bytes = Some(resident_bytes);
+                    listed.private_bytes = Some(private_bytes);
                     match state {
                         State::Running => "running",
                         State::Paused => "paused",
@@ -217,6 +221,7 @@ mod tests {
             dir: String::new(),
             uptime_ms: None,
             resident_bytes: None,
+            private_bytes: None,
         }
     }
 

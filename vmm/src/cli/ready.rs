@@ -203,21 +203,20 @@ impl Boot<'_> {
     }
 }
 
-/// What a restored guest must not have in common with others of its snapshot: random numbers and the time; and for one that is to have a `name` of its own, that
-/// and its machine id.
+/// What a restored guest must not have in common with others of its snapshot: random numbers and the time; its machine id, and its `name` where it is to
+/// have one.
 fn own_identity(name: Option<&str>) -> Result<RestoredRequest, CliError> {
     let mut random = [0; ENTROPY + MACHINE_ID];
     getrandom(&mut random[..], GetRandomFlags::empty()).map_err(|errno| {
         CliError::Monitor(format!("no random bytes: {}", std::io::Error::from(errno)))
     })?;
     let (entropy, id) = random.split_at(ENTROPY);
-    let id = || id.iter().map(|byte| format!("{byte:02x}")).collect();
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     Ok(RestoredRequest {
         entropy: entropy.to_vec(),
-        machine_id: name.map_or_else(String::new, |_| id()),
+        machine_id: id.iter().map(|byte| format!("{byte:02x}")).collect(),
         hostname: name.unwrap_or_default().to_owned(),
         realtime_ns: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX),
     })

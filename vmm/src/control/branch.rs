@@ -17,6 +17,7 @@ use super::routes::{Control, client_is_gone};
 use super::snapshot::{code, programs};
 use super::types::{BranchRequest, BranchView, ChildView, ErrorBody, ErrorCode};
 use crate::handover::{self, Handover, Word};
+use crate::host;
 use crate::pool;
 use crate::reaper::Reaper;
 use crate::sandbox::runtime_dir;
@@ -89,6 +90,21 @@ fn name_of(base: Option<&str>, number: u32, count: u32) -> Option<String> {
     })
 }
 
+/// Refuses children that the host has no memory for, rather than have it end them, or others, later.
+fn check_memory(count: u32, reserve_mib: u64) -> Result<(), ErrorBody> {
+    let wanted = u64::from(count).saturating_mul(reserve_mib);
+    let Some(available) = host::available_memory_bytes().map(|bytes| bytes >> 20) else {
+        return Ok(());
+    };
+    if wanted <= available {
+        return Ok(());
+    }
+    let message = format!(
+        "{count} children that each come to have {reserve_mib} MiB for themselves need {wanted} MiB, and the host has {available} MiB: make fewer, end others, or reserve less (--reserve)"
+    );
+    Err(ErrorBody::new(ErrorCode::Conflict, message))
+}
+
 fn internal(error: io::Error) -> ErrorBody {
     ErrorBody::new(
         ErrorCode::Internal,
@@ -126,6 +142,7 @@ impl Control {
             let message = format!("the count is 1 to {COUNT_MAX}, not {count}");
             return Err(ErrorBody::new(ErrorCode::BadBody, message));
         }
+        check_memory(count, request.reserve_mib)?;
         let (start, since) = (Instant::now(), monotonic_ns());
         let machine = self.machine()?;
         if !machine.disks().is_empty() {

@@ -207,6 +207,7 @@ impl Control {
             state,
             uptime_ms: u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX),
             resident_bytes: resident_bytes(),
+            private_bytes: private_bytes(),
             vsock: self.paths.vsock_socket().to_string_lossy().into_owned(),
         })
     }
@@ -219,6 +220,19 @@ fn resident_bytes() -> u64 {
     pages.map_or(0, |pages: u64| {
         pages.saturating_mul(rustix::param::page_size() as u64)
     })
+}
+
+/// Memory of this process that no other has; 0 where the host does not tell.
+fn private_bytes() -> u64 {
+    let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap_or_default();
+    let private = |line: &str| {
+        let (name, amount) = line.split_once(':')?;
+        let kib = amount.trim().strip_suffix(" kB")?;
+        let kib: Option<u64> = kib.parse().ok();
+        kib.filter(|_| name.starts_with("Private_"))
+    };
+    let kib: u64 = rollup.lines().filter_map(private).sum();
+    kib.saturating_mul(1024)
 }
 
 fn sandbox(control: &Control, _: &Request, _: &mut UnixStream) -> Result<Reply, ErrorBody> {

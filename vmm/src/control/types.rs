@@ -19,6 +19,8 @@ pub struct SandboxView {
     pub uptime_ms: u64,
     /// Resident memory of its process, the guest's included, in bytes.
     pub resident_bytes: u64,
+    /// What of that no other process has: what would be free without it.
+    pub private_bytes: u64,
     /// Path of its vsock socket.
     pub vsock: String,
 }
@@ -127,6 +129,8 @@ pub struct BranchRequest {
     pub ttl_ms: Option<u64>,
     /// Labels on top of the sandbox's own.
     pub labels: BTreeMap<String, String>,
+    /// Memory that each is expected to come to have for itself, in MiB: where the host has less for all of them, none is made.
+    pub reserve_mib: u64,
 }
 
 impl Default for BranchRequest {
@@ -136,6 +140,7 @@ impl Default for BranchRequest {
             name: None,
             ttl_ms: None,
             labels: BTreeMap::new(),
+            reserve_mib: 16,
         }
     }
 }
