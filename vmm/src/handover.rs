@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -25,6 +26,10 @@ use crate::warm::WarmRuntime;
 
 /// Most files: the state, and as many layers as a chain may have.
 const FILES_MAX: usize = DEPTH_MAX + 1;
+/// How long a child may take to say that it is ready. It gives up by itself before.
+const PATIENCE: Duration = Duration::from_secs(240);
+/// Longest word of a child, in bytes: an error may have the end of the guest's console.
+const WORD_MAX: u64 = 64 << 10;
 /// Longest description, in bytes.
 const DESCRIPTION_MAX: usize = 1 << 20;
 
@@ -37,8 +42,8 @@ pub struct Handover {
     pub timeout_ms: Option<u64>,
     /// The user's own labels.
     pub labels: BTreeMap<String, String>,
-    /// Where it branches off.
-    pub branch: BranchPoint,
+    /// Where it branches off; nothing for one that goes on from a snapshot.
+    pub branch: Option<BranchPoint>,
     /// Its machine, which is its parent's.
     pub machine: Machine,
     /// How programs are run in it.
@@ -61,8 +66,46 @@ pub enum Word {
     Failed(String),
 }
 
+/// The process of a child that has not been told to live on. It ends when it finds out that it never will be.
+pub struct Unborn {
+    name: Option<String>,
+    socket: UnixStream,
+}
+
+impl Unborn {
+    /// The shell at the other end of `socket`, for a child that is to be called `name`.
+    pub fn new(name: Option<String>, socket: UnixStream) -> io::Result<Self> {
+        socket.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self { name, socket })
+    }
+
+    /// Sends it what it is to be, under its name.
+    pub fn send(&self, handover: &mut Handover, files: &[&File]) -> io::Result<()> {
+        handover.name.clone_from(&self.name);
+        send(&self.socket, handover, files)
+    }
+
+    /// Waits until it is ready. Where it fails, it has said why.
+    pub fn ready(&self) -> Result<ChildView, String> {
+        let mut line = String::new();
+        let read = BufReader::new((&self.socket).take(WORD_MAX)).read_line(&mut line);
+        let who = self.name.as_deref().unwrap_or("a child");
+        match read.map(|_| serde_json::from_str(&line)) {
+            Ok(Ok(Word::Ready(view))) => Ok(view),
+            Ok(Ok(Word::Failed(why))) => Err(format!("{who}: {why}")),
+            Ok(Err(_)) => Err(format!("{who} did not come to be: its process ended")),
+            Err(error) => Err(format!("{who} did not come to be: {error}")),
+        }
+    }
+
+    /// Lets it live on.
+    pub fn release(&self) -> io::Result<()> {
+        (&self.socket).write_all(b"\n")
+    }
+}
+
 /// Sends a child to be, with its files.
-pub fn send(mut socket: &UnixStream, handover: &Handover, files: &[&File]) -> io::Result<()> {
+fn send(mut socket: &UnixStream, handover: &Handover, files: &[&File]) -> io::Result<()> {
     let json = serde_json::to_vec(handover)?;
     let length = u32::try_from(json.len()).map_err(io::Error::other)?;
     let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
@@ -131,13 +174,13 @@ mod tests {
             name: Some("child".to_owned()),
             timeout_ms: None,
             labels: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
-            branch: BranchPoint {
+            branch: Some(BranchPoint {
                 parent: "1".to_owned(),
                 parent_name: "one".to_owned(),
                 root: "1".to_owned(),
                 depth: 1,
                 at: 0,
-            },
+            }),
             machine: Machine {
                 cpus: 1,
                 memory: Vec::new(),

@@ -90,11 +90,16 @@ pub fn start(args: &DetachedArgs, doing: &str) -> Result<u8, CliError> {
             Ok,
         );
     }
+    print_name(args, id.trim())
+}
+
+/// Prints what a user gets of a sandbox that is ready: its name, or all that is known.
+pub fn print_name(args: &DetachedArgs, id: &str) -> Result<u8, CliError> {
     if args.json {
-        return super::inspect::show(id.trim());
+        return super::inspect::show(id);
     }
-    let found = crate::sandbox::list::find(id.trim());
-    let name = found.map_or_else(|_| id.trim().to_owned(), |sandbox| sandbox.record.name);
+    let found = crate::sandbox::list::find(id);
+    let name = found.map_or_else(|_| id.to_owned(), |sandbox| sandbox.record.name);
     print((name + "\n").as_bytes())
 }
 

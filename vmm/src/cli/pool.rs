@@ -16,7 +16,7 @@ use crate::sandbox::make_runtime_dir;
 use crate::snapshot::description::describe;
 use crate::supervisor::Signals;
 
-/// Keep processes ready that `vmm branch` and `vmm explore` take over, until it is told to end
+/// Keep processes ready that `vmm branch`, `vmm explore` and `vmm restore` take over, until it is told to end
 ///
 /// What the host is slow at is done in them ahead of time, for machines like the one that is described, and for those that are asked for later. Without a
 /// pool, or where it has none ready, all works the same, and takes longer.

@@ -1,18 +1,25 @@
 //! `vmm restore`: a sandbox that goes on where a snapshot was taken.
 
+use std::fs::File;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
+use snapshot_fmt::manifest::STATE;
 
 use super::CliError;
 use super::detached::{self, DetachedArgs, Starter};
 use super::launch::{Launch, Source};
 use super::vm_spec::VmSpec;
+use crate::handover::{Handover, Unborn};
 use crate::pager::Mode;
+use crate::pool;
+use crate::sandbox::runtime_dir;
 use crate::sizes::duration;
 use crate::snapshot::SnapshotError;
 use crate::snapshot::restore::Saved;
 use crate::store::Store;
+use crate::timings::monotonic_ns;
 
 /// Start a sandbox that goes on where a snapshot was taken, and print its name
 ///
@@ -56,15 +63,77 @@ impl From<PagesArg> for Mode {
     }
 }
 
+fn open(args: &RestoreArgs) -> Result<Saved, CliError> {
+    Store::of_user()
+        .map_err(SnapshotError::from)
+        .and_then(|store| Saved::open(&store, &args.snapshot, args.pages.into()))
+        .map_err(|error| CliError::BadInput(error.to_string()))
+}
+
+/// Restores the snapshot in a process of the pool, and gives the sandbox's id. None where the pool has no process for it, or it needs more
+/// than one of those can do.
+fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
+    let since = monotonic_ns();
+    let saved = open(args)?;
+    if saved.mode != Mode::Map
+        || !saved.chains.disks.is_empty()
+        || !saved.pages().working_set.is_empty()
+    {
+        return Ok(None);
+    }
+    let (Some(base), Some(shell)) = (
+        &saved.base,
+        pool::take(&runtime_dir(), &saved.machine, 1).pop(),
+    ) else {
+        return Ok(None);
+    };
+    let mut handover = Handover {
+        name: None,
+        timeout_ms: args
+            .timeout
+            .map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+        labels: args.detached.label.iter().cloned().collect(),
+        branch: None,
+        machine: saved.machine.clone(),
+        programs: saved.programs.clone(),
+        warm: saved.warm.as_ref().and_then(|warm| warm.try_into().ok()),
+        base: Some(base.held.snapshot().id()),
+        since,
+    };
+    let failed = |error: std::io::Error| CliError::Monitor(format!("cannot restore it: {error}"));
+    let state = File::open(base.held.snapshot().path(STATE)).map_err(failed)?;
+    let layers = saved.chains.memory.layers().iter();
+    let files: Vec<_> = [&state]
+        .into_iter()
+        .chain(layers.map(|layer| layer.file()))
+        .collect();
+    let unborn = Unborn::new(args.name.clone(), shell).map_err(failed)?;
+    unborn.send(&mut handover, &files).map_err(failed)?;
+    let view = unborn.ready().map_err(CliError::BadInput)?;
+    unborn.release().map_err(failed)?;
+    if args.timings {
+        let ms = |us: u64| us as f64 / 1e3;
+        let _ = write!(
+            std::io::stderr(),
+            "{:10.2} ms  first KVM_RUN\n{:10.2} ms  guest told\n",
+            ms(view.running_us),
+            ms(view.answered_us)
+        );
+    }
+    Ok(Some(view.id))
+}
+
 /// Carries out `vmm restore`.
 pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
     if !args.detached.monitor {
+        if pool::socket_in(&runtime_dir()).exists()
+            && let Some(id) = restore_in_shell(args)?
+        {
+            return detached::print_name(&args.detached, &id);
+        }
         return detached::start(&args.detached, "restoring");
     }
-    let saved = Store::of_user()
-        .map_err(SnapshotError::from)
-        .and_then(|store| Saved::open(&store, &args.snapshot, args.pages.into()))
-        .map_err(|error| CliError::BadInput(error.to_string()))?;
+    let saved = open(args)?;
     let spec = VmSpec {
         name: args.name.clone(),
         labels: args.detached.label.iter().cloned().collect(),

@@ -110,7 +110,7 @@ fn be(args: &ShellArgs, parent: &Parent, start: Instant) -> Result<u8, CliError>
         },
         source: Source::Saved(Box::new(saved)),
         cached: false,
-        branch: Some(handover.branch),
+        branch: handover.branch,
         shell: made.map(|(_, shell)| shell),
     };
     let child = Child {

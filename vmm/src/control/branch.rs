@@ -4,7 +4,7 @@
 //! by itself when it is told that all of them have: there are all children of a call, or none.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
@@ -15,8 +15,8 @@ use snapshot_fmt::chain::{Chain, DEPTH_MAX};
 
 use super::routes::{Control, client_is_gone};
 use super::snapshot::{code, programs};
-use super::types::{BranchRequest, BranchView, ChildView, ErrorBody, ErrorCode};
-use crate::handover::{self, Handover, Word};
+use super::types::{BranchRequest, BranchView, ErrorBody, ErrorCode};
+use crate::handover::{Handover, Unborn};
 use crate::host;
 use crate::pool;
 use crate::reaper::Reaper;
@@ -30,43 +30,6 @@ const COUNT_MAX: u32 = 1000;
 /// How many children begin at once, per processor of the host. Where more do, each gets so little of it that, on a software KVM, its guest does
 /// nothing but serve its timer.
 const AT_ONCE: usize = 2;
-/// How long a child may take to say that it is ready. It gives up by itself before.
-const PATIENCE: Duration = Duration::from_secs(240);
-/// Longest word of a child, in bytes.
-const WORD_MAX: u64 = 4096;
-
-/// A child's process, which has not been told to live on. It ends when it finds out that it never will be.
-pub(super) struct Unborn {
-    name: Option<String>,
-    socket: UnixStream,
-}
-
-impl Unborn {
-    /// In a shell that stands ready, or else in a new process.
-    fn start(name: Option<String>, shell: Option<UnixStream>, reaper: &Reaper) -> io::Result<Self> {
-        let socket = shell.map_or_else(|| new_shell(reaper), Ok)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        Ok(Self { name, socket })
-    }
-
-    /// Lets it live on.
-    pub fn release(&self) -> io::Result<()> {
-        (&self.socket).write_all(b"\n")
-    }
-
-    /// Waits until it is ready. Where it fails, it has said why.
-    fn ready(&self) -> Result<ChildView, String> {
-        let mut line = String::new();
-        let read = BufReader::new((&self.socket).take(WORD_MAX)).read_line(&mut line);
-        let who = self.name.as_deref().unwrap_or("a child");
-        match read.map(|_| serde_json::from_str(&line)) {
-            Ok(Ok(Word::Ready(view))) => Ok(view),
-            Ok(Ok(Word::Failed(why))) => Err(format!("{who}: {why}")),
-            Ok(Err(_)) => Err(format!("{who} did not come to be: its process ended")),
-            Err(error) => Err(format!("{who} did not come to be: {error}")),
-        }
-    }
-}
 
 /// Starts a shell that nothing was made ahead for.
 fn new_shell(reaper: &Reaper) -> io::Result<UnixStream> {
@@ -161,7 +124,7 @@ impl Control {
             name: None,
             timeout_ms: request.ttl_ms,
             labels: self.record.labels.clone(),
-            branch: self.record.branch_point(),
+            branch: Some(self.record.branch_point()),
             machine: describe(config, machine.disks()).map_err(refused)?,
             programs: programs(&self.record),
             warm: self.record.warm.clone(),
@@ -185,7 +148,9 @@ impl Control {
         let children = (1..=count)
             .map(|number| {
                 let name = name_of(request.name.as_deref(), number, count);
-                Unborn::start(name, shells.next(), &self.reaper)
+                let shell = shells.next();
+                let shell = shell.map_or_else(|| new_shell(&self.reaper), Ok)?;
+                Unborn::new(name, shell)
             })
             .collect::<io::Result<Vec<_>>>()
             .map_err(internal)?;
@@ -204,8 +169,7 @@ impl Control {
             let Some(child) = waiting.next() else {
                 return Ok(());
             };
-            handover.name.clone_from(&child.name);
-            handover::send(&child.socket, &handover, &files).map_err(internal)
+            child.send(&mut handover, &files).map_err(internal)
         };
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         for _ in 0..processors * AT_ONCE {

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
-use super::branch::Unborn;
 use super::exec::{CONNECT_PATIENCE, agent_error, check, ended_view, start, stdin};
 use super::http::Chunks;
 use super::routes::{Control, client_is_gone};
@@ -23,6 +22,7 @@ use super::types::{
     ExploreEvent, ExploreResult, Keep,
 };
 use crate::agent::{AGENT_PORT, Agent, Controller, Stdio};
+use crate::handover::Unborn;
 use crate::sandbox::{SandboxPaths, runtime_dir};
 
 /// How much of each output is told, in bytes.

@@ -11,6 +11,7 @@ pub mod server;
 use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -33,6 +34,14 @@ pub struct Wanted {
     pub machine: Machine,
     /// How many; the pool gives as many as it has.
     pub count: u32,
+    /// The client's program: device and inode of its file. Shells of another could not read what they are handed.
+    pub program: (u64, u64),
+}
+
+/// This process's program, as [`Wanted::program`] has it.
+fn program() -> io::Result<(u64, u64)> {
+    let file = std::fs::metadata("/proc/self/exe")?;
+    Ok((file.dev(), file.ino()))
 }
 
 /// What a shell is made of: memory, processors and disks, whatever ran on them.
@@ -78,6 +87,7 @@ fn take_into(
     let wanted = Wanted {
         machine: kind(machine),
         count,
+        program: program()?,
     };
     let mut line = serde_json::to_vec(&wanted)?;
     line.push(b'\n');

@@ -18,7 +18,7 @@ use snapshot_fmt::manifest::Machine;
 use thiserror::Error;
 
 use super::demand::{Bounds, Demand};
-use super::{PATIENCE, Wanted, give, kind, socket_in};
+use super::{PATIENCE, Wanted, give, kind, program, socket_in};
 use crate::reaper::Reaper;
 
 /// Most kinds of machines; the one that was not asked for longest goes.
@@ -186,6 +186,10 @@ impl Pool {
         let mut line = String::new();
         BufReader::new(client.take(REQUEST_MAX)).read_line(&mut line)?;
         let wanted: Wanted = serde_json::from_str(&line)?;
+        if wanted.program != program()? {
+            let what = "it is another build of this program; start the pool again";
+            return Err(io::Error::other(what));
+        }
         let count = usize::try_from(wanted.count).unwrap_or(usize::MAX);
         let now = Instant::now();
         self.asked = now;
