@@ -6,6 +6,8 @@ mod children;
 mod explore;
 #[path = "snapshot/guest.rs"]
 mod guest;
+#[path = "branch/pool.rs"]
+mod pool;
 
 use std::process::ExitCode;
 
@@ -23,6 +25,7 @@ fn main() -> ExitCode {
             children::all_or_none,
         ),
         test("a_child_becomes_a_snapshot", Guest, children::commit),
+        test("a_pool_gives_its_processes_away", Guest, pool::serves),
         test("the_first_success_is_kept", Guest, explore::first_success),
         test("the_best_score_is_kept", Guest, explore::score),
         test(

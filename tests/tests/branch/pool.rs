@@ -1,0 +1,119 @@
+//! `vmm pool`.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::Child;
+
+use libtest_mimic::Failed;
+use rustix::process::{Pid, Signal, kill_process};
+use tests::sandboxes::{Host, wait_for};
+
+use crate::guest::{SHAPE, python, read, remove, start, write};
+
+/// Starts a pool of two for machines like those of these tests.
+fn pool(host: &Host) -> Result<Child, Failed> {
+    let mut pool = host
+        .vmm(&["pool", "--size", "2", "--cpus", SHAPE[1]])
+        .spawn()?;
+    let mut line = String::new();
+    BufReader::new(pool.stdout.take().ok_or("no standard output")?).read_line(&mut line)?;
+    match &*line {
+        "ready\n" => Ok(pool),
+        line => Err(format!("the pool says {line:?}").into()),
+    }
+}
+
+/// The processes that `parent` has started.
+fn children(parent: u64) -> Result<Vec<u64>, Failed> {
+    let tasks = format!("/proc/{parent}/task");
+    let mut found = Vec::new();
+    for task in fs::read_dir(tasks)?.flatten() {
+        let text = fs::read_to_string(task.path().join("children"))?;
+        let pids = text.split_whitespace().map(str::parse);
+        found.extend(pids.collect::<Result<Vec<u64>, _>>()?);
+    }
+    Ok(found)
+}
+
+/// Whether the shell has made all that it can: it waits for what it is to be, with KVM open.
+fn is_made(pid: u64) -> bool {
+    let Ok(fds) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return false;
+    };
+    let is_vm = |fd: fs::DirEntry| {
+        fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains("kvm-vm"))
+    };
+    fds.flatten().any(is_vm)
+}
+
+fn wait_for_shells(pool: u64) -> Result<Vec<u64>, Failed> {
+    wait_for(|| {
+        Ok(children(pool)?
+            .into_iter()
+            .filter(|&pid| is_made(pid))
+            .count()
+            >= 2)
+    })?;
+    // A moment for the last to have said so.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    children(pool)
+}
+
+fn kill(pid: u64) -> Result<(), Failed> {
+    let pid = Pid::from_raw(i32::try_from(pid)?).ok_or("no process")?;
+    Ok(kill_process(pid, Signal::KILL)?)
+}
+
+/// Children and restores take its processes over and outlive it; what it does not have is started.
+pub fn serves() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "one")?;
+    write(&host, "one", "/tmp/file", b"before")?;
+    host.ok(&["snapshot", "one", "s"])?;
+    let mut pool = pool(&host)?;
+    let pid = u64::from(pool.id());
+    host.refused(&["pool"], &["a pool is running already"])?;
+    let shells = wait_for_shells(pid)?;
+    host.ok(&["branch", "one", "kid", "-n", "3"])?;
+    let taken = (1..=3)
+        .map(|number| host.pid(&format!("kid-{number}")))
+        .collect::<Result<Vec<_>, _>>()?;
+    if taken.iter().filter(|pid| shells.contains(pid)).count() != 2 {
+        return Err(format!("the children are {taken:?}, the pool had {shells:?}").into());
+    }
+    let shells = wait_for_shells(pid)?;
+    host.ok(&["restore", "s", "copy"])?;
+    if !shells.contains(&host.pid("copy")?) {
+        return Err("the restore did not take a process of the pool".into());
+    }
+    host.refused(&["restore", "s", "copy"], &["\"copy\" is running"])?;
+    // A shell that is killed is replaced; the pool's death ends those that nobody has.
+    let shells = wait_for_shells(pid)?;
+    let idle = |pid: &&u64| !taken.contains(pid);
+    kill(*shells.iter().rfind(idle).ok_or("no shells")?)?;
+    let shells = wait_for_shells(pid)?;
+    kill(pid)?;
+    pool.wait()?;
+    let own = [taken, vec![host.pid("copy")?]].concat();
+    wait_for(|| {
+        let idle = shells.iter().filter(|pid| !own.contains(pid));
+        Ok(!idle.into_iter().any(|pid| is_made(*pid)))
+    })?;
+    for name in ["kid-1", "kid-2", "kid-3", "copy"] {
+        if read(&host, name, "/tmp/file")? != b"before" {
+            return Err(format!("{name} has another file").into());
+        }
+    }
+    python(&host, "kid-1", "print(1)")?;
+    // What a killed pool has left is in nobody's way.
+    host.ok(&["branch", "one", "late"])?;
+    let mut again = self::pool(&host)?;
+    kill_process(
+        Pid::from_raw(i32::try_from(again.id())?).ok_or("no process")?,
+        Signal::TERM,
+    )?;
+    if !again.wait()?.success() {
+        return Err("a pool that is told to end does not end well".into());
+    }
+    remove(&host, &["one", "kid-1", "kid-2", "kid-3", "copy", "late"])
+}
