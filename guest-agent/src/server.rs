@@ -165,6 +165,8 @@ impl Server {
             self.turn(&ready);
             if let Some(shutdown) = self.shutdown.take() {
                 self.connections.iter_mut().for_each(Connection::flush);
+                // A file that is open for writing keeps its disk from being made clean.
+                self.prepared = Prepared::default();
                 power::end(&shutdown);
             }
         }

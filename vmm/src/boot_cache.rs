@@ -39,6 +39,7 @@ const KEY_DIGITS: usize = 32;
 pub struct BootCache {
     store: Store,
     key: String,
+    machine: manifest::Machine,
 }
 
 /// A file, as far as its content can be told from outside.
@@ -91,6 +92,7 @@ impl BootCache {
         Some(Self {
             store: store()?,
             key: key[..KEY_DIGITS].to_owned(),
+            machine: inputs.machine,
         })
     }
 
@@ -120,13 +122,12 @@ impl BootCache {
     pub fn keep(
         &self,
         machine: &Machine,
-        config: &VmConfig,
         agent: &Agent,
         warm: Option<&WarmRuntime>,
     ) -> Result<(), SnapshotError> {
         let order = Order {
             machine,
-            config,
+            description: &self.machine,
             agent: Some(agent),
             programs: Programs::default(),
             warm: warm.map(Into::into),

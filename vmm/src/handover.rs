@@ -9,8 +9,10 @@ use std::io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -50,8 +52,10 @@ pub struct Handover {
     pub programs: Programs,
     /// The interpreter that stands ready in it.
     pub warm: Option<WarmRuntime>,
-    /// The snapshot that its memory begins with, if it does with one of the user's.
-    pub base: Option<Digest>,
+    /// The snapshot that its memory begins with, if it does with one of the user's: the store, and its id there.
+    pub base: Option<(PathBuf, Digest)>,
+    /// How many files come with this.
+    pub files: usize,
     /// When its parent was asked for it: [`crate::timings::monotonic_ns`].
     pub since: u64,
 }
@@ -82,14 +86,38 @@ impl Unborn {
     /// Sends it what it is to be, under its name.
     pub fn send(&self, handover: &mut Handover, files: &[&File]) -> io::Result<()> {
         handover.name.clone_from(&self.name);
+        handover.files = files.len();
         send(&self.socket, handover, files)
+    }
+
+    /// Goes on with another shell, since the one that it had is gone.
+    pub fn replace(&mut self, socket: UnixStream) -> io::Result<()> {
+        let name = self.name.take();
+        *self = Self::new(name, socket)?;
+        Ok(())
+    }
+
+    /// Whether its process has ended.
+    pub fn is_gone(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        let now = Timespec::default();
+        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+
+    /// What to say of one that is gone.
+    pub fn why_gone(&self) -> String {
+        format!("{} ended before its siblings were ready", self.who())
+    }
+
+    fn who(&self) -> &str {
+        self.name.as_deref().unwrap_or("a child")
     }
 
     /// Waits until it is ready. Where it fails, it has said why.
     pub fn ready(&self) -> Result<ChildView, String> {
         let mut line = String::new();
         let read = BufReader::new((&self.socket).take(WORD_MAX)).read_line(&mut line);
-        let who = self.name.as_deref().unwrap_or("a child");
+        let who = self.who();
         match read.map(|_| serde_json::from_str(&line)) {
             Ok(Ok(Word::Ready(view))) => Ok(view),
             Ok(Ok(Word::Failed(why))) => Err(format!("{who}: {why}")),
@@ -142,7 +170,7 @@ pub fn receive(mut socket: &UnixStream) -> io::Result<Option<(Handover, Vec<File
     if received.bytes == 0 {
         return Ok(None);
     }
-    let files = control
+    let files: Vec<File> = control
         .drain()
         .filter_map(|message| match message {
             RecvAncillaryMessage::ScmRights(fds) => Some(fds),
@@ -160,7 +188,16 @@ pub fn receive(mut socket: &UnixStream) -> io::Result<Option<(Handover, Vec<File
     }
     let mut json = vec![0; length];
     socket.read_exact(&mut json)?;
-    Ok(Some((serde_json::from_slice(&json)?, files)))
+    let handover: Handover = serde_json::from_slice(&json)?;
+    if files.len() != handover.files {
+        // The last are missing where there is no room for more: memory without its newest layer would be another's.
+        return Err(io::Error::other(format!(
+            "{} of {} files arrived; is the limit on open files (ulimit -n) too low?",
+            files.len(),
+            handover.files
+        )));
+    }
+    Ok(Some((handover, files)))
 }
 
 #[cfg(test)]
@@ -195,6 +232,7 @@ mod tests {
             programs: Programs::default(),
             warm: None,
             base: None,
+            files: 0,
             since: 1,
         }
     }
@@ -210,6 +248,10 @@ mod tests {
                 file
             })
             .collect();
+        let handover = || Handover {
+            files: FILES_MAX,
+            ..handover()
+        };
         send(&ours, &handover(), &files.iter().collect::<Vec<_>>()).unwrap();
         let (received, files) = receive(&theirs).unwrap().unwrap();
         assert_eq!(format!("{received:?}"), format!("{:?}", handover()));
@@ -221,6 +263,19 @@ mod tests {
         assert_eq!(files.len(), FILES_MAX);
         let too_many: Vec<_> = files.iter().chain(&files[..1]).collect();
         assert!(send(&ours, &handover(), &too_many).is_err());
+    }
+
+    #[test]
+    fn files_that_are_lost_are_missed() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let handover = Handover {
+            files: 2,
+            ..handover()
+        };
+        send(&ours, &handover, &[&file]).unwrap();
+        let error = receive(&theirs).unwrap_err().to_string();
+        assert!(error.contains("1 of 2 files"), "{error}");
     }
 
     #[test]

@@ -104,7 +104,7 @@ pub fn end_by_force(status: u8, leftover: Option<&Path>) {
 
 impl Supervisor {
     /// Waits until `fd` is readable or something cuts that short.
-    fn wait(&self, fd: BorrowedFd, deadline: Option<Instant>) -> Result<(), Ending> {
+    pub fn wait(&self, fd: BorrowedFd, deadline: Option<Instant>) -> Result<(), Ending> {
         loop {
             let mut fds = [
                 PollFd::from_borrowed_fd(fd, PollFlags::IN),

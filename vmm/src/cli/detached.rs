@@ -23,7 +23,8 @@ use crate::exit::ExitReason;
 use crate::machine::Machine;
 use crate::sandbox::SandboxDir;
 use crate::sandbox::record::{ExitRecord, Record, now};
-use crate::supervisor::{Ending, end_by_force};
+use crate::snapshot::description::describe;
+use crate::supervisor::{Ending, Supervisor, end_by_force};
 use crate::timings::Timings;
 
 /// How long a guest may take to end where its monitor is told to end by a signal.
@@ -135,14 +136,24 @@ fn record(sandbox: &SandboxDir, launch: &Launch, config: &VmConfig) -> Record {
 /// Who is told that a sandbox is ready.
 pub trait Announce {
     /// Tells it. False, or an error, where nobody wants the sandbox any more.
-    fn ready(&self, sandbox: &SandboxDir, timings: &Timings) -> io::Result<bool>;
+    fn ready(
+        &self,
+        sandbox: &SandboxDir,
+        timings: &Timings,
+        supervisor: &Supervisor,
+    ) -> io::Result<bool>;
+
+    /// Whether the sandbox is to be listed after its end although nobody has said yet that it is wanted.
+    fn is_wanted(&self) -> bool {
+        true
+    }
 }
 
 /// Whoever started this process waits for the sandbox's id on its standard output.
 pub struct Starter;
 
 impl Announce for Starter {
-    fn ready(&self, sandbox: &SandboxDir, _: &Timings) -> io::Result<bool> {
+    fn ready(&self, sandbox: &SandboxDir, _: &Timings, _: &Supervisor) -> io::Result<bool> {
         writeln!(io::stdout(), "{}", sandbox.id())?;
         io::stdout().flush()?;
         Ok(true)
@@ -164,10 +175,13 @@ pub fn monitor(
     let mut sandbox = SandboxDir::create(launch.spec.name.as_deref()).map_err(bad)?;
     let paths = sandbox.paths().clone();
     let config = launch.config(&paths, ConsoleConfig::Log(paths.console()))?;
-    let record = record(&sandbox, &launch, &config);
+    let mut record = record(&sandbox, &launch, &config);
+    record.kept = starter.is_wanted();
     sandbox.publish(&record).map_err(bad)?;
     let ready = listen_for_agent(&paths)?;
     let (machine, cache) = launch.make(&config, &paths, &timings)?;
+    let described = describe(&config, machine.disks());
+    let described = described.map_err(|error| CliError::Monitor(error.to_string()))?;
     let machine = Arc::new(machine);
     let supervisor = launch
         .spec
@@ -178,12 +192,16 @@ pub fn monitor(
         start,
         timings: &timings,
     };
-    let (agent, watch) = boot.agent(ready, &launch, &config, cache, sandbox.name())?;
+    let (agent, watch) = boot.agent(ready, &launch, cache, sandbox.name())?;
     if let Some(ending) = watch.end() {
         return Err(boot.cut_short(ending));
     }
-    let snapshots = Snapshots::new(config, launch.source.origin(), launch.source.base());
-    let control = Control::new(record, paths.clone(), start, &machine, agent, snapshots);
+    let snapshots = Snapshots::new(described, launch.source.origin(), launch.source.base());
+    let shown = Record {
+        kept: true,
+        ..record.clone()
+    };
+    let control = Control::new(shown, paths.clone(), start, &machine, agent, snapshots);
     let control = Arc::new(control);
     let server = Server::start(&paths.api_socket(), Arc::clone(&control)).map_err(broken)?;
     if show_timings {
@@ -191,8 +209,14 @@ pub fn monitor(
     }
     let unwanted =
         |error| CliError::Monitor(format!("nobody waits for the sandbox any more: {error}"));
-    if !starter.ready(&sandbox, &timings).map_err(unwanted)? {
+    let wanted = starter.ready(&sandbox, &timings, &supervisor);
+    if !wanted.map_err(unwanted)? {
+        end_by_force(0, Some(sandbox.path()));
         return Ok(0);
+    }
+    if !record.kept {
+        record.kept = true;
+        sandbox.rewrite(&record).map_err(bad)?;
     }
     leave_terminal(&sandbox).map_err(unwanted)?;
 

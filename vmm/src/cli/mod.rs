@@ -278,7 +278,7 @@ pub fn main(start: Instant) -> ExitCode {
         Command::Branch(args) => branch::branch(&args),
         Command::Explore(args) => explore::explore(&args),
         Command::Pool(args) => pool::pool(&args),
-        Command::Shell(args) => shell::shell(&args, start),
+        Command::Shell(args) => shell::shell(&args),
         Command::Exec(args) => exec::exec(&args),
         Command::Cp(args) => cp::cp(&args),
         Command::Logs(args) => logs::logs(&args),

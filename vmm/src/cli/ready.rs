@@ -11,7 +11,6 @@ use super::launch::Launch;
 use super::vm_spec::VmSpec;
 use crate::agent::{AGENT_PORT, Agent, AgentError, RestoredRequest};
 use crate::boot_cache::BootCache;
-use crate::config::VmConfig;
 use crate::logger::complain;
 use crate::machine::Machine;
 use crate::sandbox::SandboxPaths;
@@ -77,7 +76,6 @@ impl Boot<'_> {
         &self,
         ready: UnixListener,
         launch: &Launch,
-        config: &VmConfig,
         cache: Option<BootCache>,
         name: &str,
     ) -> Result<(Agent, Watch), CliError> {
@@ -95,19 +93,19 @@ impl Boot<'_> {
             self.timings.mark("interpreter ready");
         }
         if let Some(cache) = cache {
-            self.keep_boot(&cache, config, &launch.spec, &agent);
+            self.keep_boot(&cache, &launch.spec, &agent);
             self.timings.mark("boot kept");
         }
         Ok((agent, watch))
     }
 
     /// Keeps the boot of a guest that has not worked yet. Without it the next one boots as well.
-    fn keep_boot(&self, cache: &BootCache, config: &VmConfig, vm: &VmSpec, agent: &Agent) {
+    fn keep_boot(&self, cache: &BootCache, vm: &VmSpec, agent: &Agent) {
         // Its answer says that the agent is through with what it does at first.
         let kept = agent.ping().map_err(|error| error.to_string());
         let kept = kept.and_then(|_| {
             let warm = vm.warm.as_ref();
-            let kept = cache.keep(self.machine, config, agent, warm);
+            let kept = cache.keep(self.machine, agent, warm);
             kept.map_err(|error| error.to_string())
         });
         if let Err(error) = kept {

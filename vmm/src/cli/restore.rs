@@ -97,7 +97,8 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
         machine: saved.machine.clone(),
         programs: saved.programs.clone(),
         warm: saved.warm.as_ref().and_then(|warm| warm.try_into().ok()),
-        base: Some(base.held.snapshot().id()),
+        base: Some(base.place()),
+        files: 0,
         since,
     };
     let failed = |error: std::io::Error| CliError::Monitor(format!("cannot restore it: {error}"));
@@ -108,7 +109,10 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
         .chain(layers.map(|layer| layer.file()))
         .collect();
     let unborn = Unborn::new(args.name.clone(), shell).map_err(failed)?;
-    unborn.send(&mut handover, &files).map_err(failed)?;
+    if unborn.send(&mut handover, &files).is_err() {
+        // It has died since.
+        return Ok(None);
+    }
     let view = unborn.ready().map_err(CliError::BadInput)?;
     unborn.release().map_err(failed)?;
     if args.timings {

@@ -78,7 +78,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         timings: &timings,
     };
     let result = boot
-        .agent(ready, &launch, &config, cache, sandbox.name())
+        .agent(ready, &launch, cache, sandbox.name())
         .and_then(|agent| work_in(&boot, agent, work, writable));
     timings.mark("program ended");
     let status = result

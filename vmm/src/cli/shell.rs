@@ -25,6 +25,7 @@ use crate::snapshot::branch::Begun;
 use crate::snapshot::restore::Base;
 use crate::snapshot::{SnapshotError, description};
 use crate::store::Store;
+use crate::supervisor::Supervisor;
 use crate::timings::Timings;
 
 /// Go on from a moment of another sandbox, which its monitor hands over on standard input
@@ -35,17 +36,21 @@ pub struct ShellArgs {
     machine: Option<String>,
 }
 
+/// Longest reason that is told, in characters: it may have the end of the guest's console.
+const WHY_MAX: usize = 8000;
+
 /// Carries out `vmm shell`.
-pub fn shell(args: &ShellArgs, start: Instant) -> Result<u8, CliError> {
+pub fn shell(args: &ShellArgs) -> Result<u8, CliError> {
     let broken = |error: io::Error| CliError::Monitor(format!("the handover failed: {error}"));
     let socket = io::stdin().as_fd().try_clone_to_owned().map_err(broken)?;
     let parent = Parent {
         socket: UnixStream::from(socket),
     };
-    match be(args, &parent, start) {
+    match be(args, &parent) {
         Err(error) => {
             // Nobody may be there to hear it.
-            let _ = parent.say(&Word::Failed(error.to_string()));
+            let why = error.to_string().chars().take(WHY_MAX).collect();
+            let _ = parent.say(&Word::Failed(why));
             Err(error)
         }
         done => done,
@@ -68,7 +73,7 @@ fn prepare(args: &ShellArgs) -> Result<Option<(Machine, Shell)>, CliError> {
     Ok(Some((machine, Shell::new(&config)?)))
 }
 
-fn be(args: &ShellArgs, parent: &Parent, start: Instant) -> Result<u8, CliError> {
+fn be(args: &ShellArgs, parent: &Parent) -> Result<u8, CliError> {
     let broken = |error: io::Error| CliError::Monitor(format!("the handover failed: {error}"));
     let made = prepare(args)?;
     if made.is_some() {
@@ -77,20 +82,15 @@ fn be(args: &ShellArgs, parent: &Parent, start: Instant) -> Result<u8, CliError>
     let Some((handover, files)) = handover::receive(&parent.socket).map_err(broken)? else {
         return Ok(0);
     };
-    // One that has waited begins now.
-    let start = if made.is_some() {
-        Instant::now()
-    } else {
-        start
-    };
+    // However long it has waited for this.
+    let start = Instant::now();
     let mut files = files.into_iter();
     let state = files.next();
     let state = state.ok_or_else(|| broken(io::Error::other("no state was sent")))?;
     let bad = |error: SnapshotError| CliError::BadInput(error.to_string());
-    let base = handover.base.map(|id| {
-        let store = Store::of_user()?;
-        Base::open(&store, &id.to_string())
-    });
+    let base = handover
+        .base
+        .map(|(store, id)| Base::open(&Store::at(&store), &id.to_string()));
     let made = made.filter(|(machine, _)| *machine == kind(&handover.machine));
     let begun = Begun {
         machine: handover.machine,
@@ -142,7 +142,12 @@ struct Child<'a> {
 
 impl Announce for Child<'_> {
     /// Says that this child is ready, and waits to be told that its siblings are, too.
-    fn ready(&self, sandbox: &SandboxDir, timings: &Timings) -> io::Result<bool> {
+    fn ready(
+        &self,
+        sandbox: &SandboxDir,
+        timings: &Timings,
+        supervisor: &Supervisor,
+    ) -> io::Result<bool> {
         let at = |name| timings.since_us(name, self.since).unwrap_or(0);
         self.parent.say(&Word::Ready(ChildView {
             id: sandbox.id().to_owned(),
@@ -150,6 +155,13 @@ impl Announce for Child<'_> {
             running_us: at("first KVM_RUN"),
             answered_us: at("guest told"),
         }))?;
-        Ok((&self.parent.socket).read(&mut [0])? > 0)
+        // A guest that ends meanwhile is no child, and what is connected to it must not wait.
+        let told = supervisor.wait(self.parent.socket.as_fd(), supervisor.deadline);
+        Ok(told.is_ok() && (&self.parent.socket).read(&mut [0])? > 0)
+    }
+
+    /// Nothing is left of a child that is killed before it is wanted.
+    fn is_wanted(&self) -> bool {
+        false
     }
 }

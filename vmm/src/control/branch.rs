@@ -5,9 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Stdio};
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
@@ -18,11 +16,10 @@ use super::snapshot::{code, programs};
 use super::types::{BranchRequest, BranchView, ErrorBody, ErrorCode};
 use crate::handover::{Handover, Unborn};
 use crate::host;
-use crate::pool;
-use crate::reaper::Reaper;
-use crate::sandbox::runtime_dir;
+use crate::pool::{self, new_shell};
+use crate::sandbox::{check_name, runtime_dir};
 use crate::snapshot::branch::freeze;
-use crate::snapshot::description::describe;
+use crate::snapshot::restore::Base;
 use crate::timings::monotonic_ns;
 
 /// Most children of a call.
@@ -30,19 +27,6 @@ const COUNT_MAX: u32 = 1000;
 /// How many children begin at once, per processor of the host. Where more do, each gets so little of it that, on a software KVM, its guest does
 /// nothing but serve its timer.
 const AT_ONCE: usize = 2;
-
-/// Starts a shell that nothing was made ahead for.
-fn new_shell(reaper: &Reaper) -> io::Result<UnixStream> {
-    let (socket, theirs) = UnixStream::pair()?;
-    let process = Command::new("/proc/self/exe")
-        .arg("shell")
-        .stdin(OwnedFd::from(theirs))
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()?;
-    reaper.adopt(&process)?;
-    Ok(socket)
-}
 
 /// The name of the child `number` of `count`, counted from 1.
 fn name_of(base: Option<&str>, number: u32, count: u32) -> Option<String> {
@@ -68,6 +52,11 @@ fn check_memory(count: u32, reserve_mib: u64) -> Result<(), ErrorBody> {
     Err(ErrorBody::new(ErrorCode::Conflict, message))
 }
 
+fn unwanted() -> ErrorBody {
+    let message = "nobody waits for the children any more";
+    ErrorBody::new(ErrorCode::Conflict, message)
+}
+
 fn internal(error: io::Error) -> ErrorBody {
     ErrorBody::new(
         ErrorCode::Internal,
@@ -84,8 +73,10 @@ impl Control {
     ) -> Result<BranchView, ErrorBody> {
         let (children, view) = self.conceive(request, client)?;
         if client_is_gone(client) {
-            let message = "nobody waits for the children any more";
-            return Err(ErrorBody::new(ErrorCode::Conflict, message));
+            return Err(unwanted());
+        }
+        if let Some(gone) = children.iter().find(|child| child.is_gone()) {
+            return Err(ErrorBody::new(ErrorCode::Conflict, gone.why_gone()));
         }
         children
             .iter()
@@ -102,9 +93,15 @@ impl Control {
     ) -> Result<(Vec<Unborn>, BranchView), ErrorBody> {
         let count = request.count;
         if !(1..=COUNT_MAX).contains(&count) {
-            let message = format!("the count is 1 to {COUNT_MAX}, not {count}");
+            let message = format!("the number of children is 1 to {COUNT_MAX}, not {count}");
             return Err(ErrorBody::new(ErrorCode::BadBody, message));
         }
+        // The last has the longest name.
+        let longest = name_of(request.name.as_deref(), count, count);
+        longest
+            .as_deref()
+            .map_or(Ok(()), check_name)
+            .map_err(|error| ErrorBody::new(ErrorCode::BadBody, error.to_string()))?;
         check_memory(count, request.reserve_mib)?;
         let (start, since) = (Instant::now(), monotonic_ns());
         let machine = self.machine()?;
@@ -112,7 +109,7 @@ impl Control {
             let message = "its guest may write to a drive, and children cannot share that yet: save the sandbox (vmm snapshot), and restore it as often as you want children";
             return Err(ErrorBody::new(ErrorCode::Conflict, message));
         }
-        let (config, origin) = (&self.snapshots.config, self.snapshots.origin.as_deref());
+        let origin = self.snapshots.origin.as_deref();
         if origin.is_some_and(|origin| origin.layers().len() >= DEPTH_MAX) {
             let message = format!(
                 "the sandbox's memory rests on {DEPTH_MAX} layers already: save it (vmm snapshot --full) and restore that"
@@ -125,14 +122,11 @@ impl Control {
             timeout_ms: request.ttl_ms,
             labels: self.record.labels.clone(),
             branch: Some(self.record.branch_point()),
-            machine: describe(config, machine.disks()).map_err(refused)?,
+            machine: self.snapshots.machine.clone(),
             programs: programs(&self.record),
             warm: self.record.warm.clone(),
-            base: self
-                .snapshots
-                .base
-                .as_ref()
-                .map(|base| base.held.snapshot().id()),
+            base: self.snapshots.base.as_ref().map(Base::place),
+            files: 0,
             since,
         };
         handover.labels.extend(request.labels);
@@ -145,11 +139,11 @@ impl Control {
         let freezing = freeze(&machine, agent.as_ref(), origin).map_err(refused)?;
         // Their processes start while memory is written: before, they would have made the pause longer.
         let mut shells = pool::take(&runtime_dir(), &handover.machine, count).into_iter();
-        let children = (1..=count)
+        let mut children = (1..=count)
             .map(|number| {
                 let name = name_of(request.name.as_deref(), number, count);
                 let shell = shells.next();
-                let shell = shell.map_or_else(|| new_shell(&self.reaper), Ok)?;
+                let shell = shell.map_or_else(|| new_shell(None, &self.reaper), Ok)?;
                 Unborn::new(name, shell)
             })
             .collect::<io::Result<Vec<_>>>()
@@ -164,22 +158,29 @@ impl Control {
             .chain(layers.map(|layer| layer.file()))
             .chain([&point.memory])
             .collect();
-        let mut waiting = children.iter();
-        let mut send_next = || {
-            let Some(child) = waiting.next() else {
-                return Ok(());
-            };
-            child.send(&mut handover, &files).map_err(internal)
+        let mut send = |child: &mut Unborn| -> io::Result<()> {
+            if child.send(&mut handover, &files).is_err() {
+                // A shell of the pool may have died since.
+                child.replace(new_shell(None, &self.reaper)?)?;
+                child.send(&mut handover, &files)?;
+            }
+            Ok(())
         };
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        for _ in 0..processors * AT_ONCE {
-            send_next()?;
+        let at_once = processors * AT_ONCE;
+        for child in children.iter_mut().take(at_once) {
+            send(child).map_err(internal)?;
         }
         let mut views = Vec::with_capacity(children.len());
-        for child in &children {
-            let view = child.ready();
+        for number in 0..children.len() {
+            let view = children[number].ready();
             views.push(view.map_err(|why| ErrorBody::new(ErrorCode::Conflict, why))?);
-            send_next()?;
+            if client_is_gone(client) {
+                return Err(unwanted());
+            }
+            if let Some(next) = children.get_mut(number + at_once) {
+                send(next).map_err(internal)?;
+            }
         }
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let view = BranchView {

@@ -6,7 +6,7 @@
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
@@ -27,15 +27,18 @@ use crate::sandbox::{SandboxPaths, runtime_dir};
 
 /// How much of each output is told, in bytes.
 const OUTPUT_MAX: usize = 256 << 10;
+/// How much of its end is looked at for a score, in bytes.
+const END_MAX: usize = 1024;
 /// How often to look whether the client is still there.
 const GONE_PAUSE: Duration = Duration::from_millis(100);
 /// Stack of a thread that waits for a program, in bytes.
 const STACK_SIZE: usize = 128 << 10;
 
-/// The beginning of an output; the rest is thrown away.
+/// The beginning of an output, and its last bytes; what lies between is thrown away.
 #[derive(Default)]
 struct Beginning {
     bytes: Vec<u8>,
+    end: Vec<u8>,
     truncated: bool,
 }
 
@@ -45,6 +48,9 @@ impl Write for Beginning {
         self.bytes
             .extend_from_slice(&bytes[..bytes.len().min(room)]);
         self.truncated |= bytes.len() > room;
+        self.end.extend_from_slice(bytes);
+        let old = self.end.len().saturating_sub(END_MAX);
+        self.end.drain(..old);
         Ok(bytes.len())
     }
 
@@ -68,7 +74,7 @@ struct Trial<'a> {
 
 impl Trial<'_> {
     /// Runs one after the other until none is left.
-    fn work(&self, results: &Sender<ExploreResult>) {
+    fn work(&self, results: &SyncSender<ExploreResult>) {
         loop {
             let index = self.next.fetch_add(1, Ordering::SeqCst);
             let (Some(run), Some(child)) = (self.runs.get(index), self.children.get(index)) else {
@@ -94,7 +100,7 @@ impl Trial<'_> {
             score: ended
                 .as_ref()
                 .filter(|ended| ended.status == 0)
-                .and_then(|_| score(&stdout.bytes)),
+                .and_then(|_| score(&stdout.end)),
             ended,
             stdout: BASE64_STANDARD.encode(&stdout.bytes),
             stderr: BASE64_STANDARD.encode(&stderr.bytes),
@@ -117,18 +123,17 @@ impl Trial<'_> {
         let agent = Agent::connect(&paths.vsock_socket(), AGENT_PORT, deadline)
             .map_err(|error| agent_error(&error))?;
         agent.set_deadline(None);
-        let running = {
+        let running =
+            start(&agent, run, &self.control.record).map_err(|error| agent_error(&error))?;
+        {
             let mut all = self.running.lock().unwrap_or_else(PoisonError::into_inner);
             if self.over.load(Ordering::SeqCst) {
                 return Err(given_up());
             }
-            let running =
-                start(&agent, run, &self.control.record).map_err(|error| agent_error(&error))?;
             if let Some(place) = all.get_mut(index) {
                 *place = Some(running.controller());
             }
-            running
-        };
+        }
         let ended = running.communicate(Stdio {
             stdin: stdin(run),
             stdout,
@@ -146,7 +151,8 @@ impl Trial<'_> {
         }
     }
 
-    /// Begins nothing more, and cuts short what runs.
+    /// Begins nothing more, and cuts short what runs. The children that are not wanted must be gone already: a guest that does not read could
+    /// hold this up.
     fn end(&self) {
         self.over.store(true, Ordering::SeqCst);
         self.next.store(self.runs.len(), Ordering::SeqCst);
@@ -158,11 +164,11 @@ impl Trial<'_> {
     }
 }
 
-/// The number that the last line of an output is.
-fn score(output: &[u8]) -> Option<f64> {
-    let text = std::str::from_utf8(output).ok()?;
-    let number: f64 = text.trim_end().lines().next_back()?.trim().parse().ok()?;
-    (!number.is_nan()).then_some(number)
+/// The number that the last line is, of the end of an output.
+fn score(end: &[u8]) -> Option<f64> {
+    let line = end.trim_ascii_end().rsplit(|byte| *byte == b'\n').next()?;
+    let number: f64 = std::str::from_utf8(line).ok()?.trim().parse().ok()?;
+    number.is_finite().then_some(number)
 }
 
 /// Which children live on.
@@ -210,6 +216,10 @@ impl Control {
     /// Carries it out, and sends what comes of it as it comes. An error is what was refused before anything was sent.
     pub(super) fn explore(&self, body: &ExploreBody, stream: &UnixStream) -> Result<(), ErrorBody> {
         body.runs.iter().try_for_each(check)?;
+        if body.runs.is_empty() {
+            let message = "runs is empty: give what is to be tried";
+            return Err(ErrorBody::new(ErrorCode::BadBody, message));
+        }
         let request = BranchRequest {
             count: u32::try_from(body.runs.len()).unwrap_or(u32::MAX),
             name: body.name.clone(),
@@ -256,7 +266,8 @@ impl Control {
             Ok(parallel) => parallel,
             Err(_) => usize::MAX,
         };
-        let (sender, results) = channel();
+        // What nobody reads waits with its program, not here.
+        let (sender, results) = sync_channel(1);
         std::thread::scope(|scope| {
             let trial = &trial;
             for _ in 0..parallel.min(body.runs.len()) {
@@ -266,14 +277,14 @@ impl Control {
                     .stack_size(STACK_SIZE)
                     .spawn_scoped(scope, move || trial.work(&sender));
                 if let Err(error) = spawned {
+                    children.clear();
+                    drop(results);
                     trial.end();
                     return Err(error);
                 }
             }
             drop(sender);
-            let outcome = follow(trial, &results, chunks, &mut children, &mut choice);
-            trial.end();
-            outcome
+            follow(trial, results, chunks, &mut children, &mut choice)
         })?;
 
         let mut kept = Vec::new();
@@ -281,6 +292,8 @@ impl Control {
         for index in choice.kept {
             if let (Some(Some(child)), Some(view)) =
                 (children.get(index), trial.children.get(index))
+                // One whose guest has ended since is none.
+                && !child.is_gone()
             {
                 child.release()?;
                 kept.push(view.name.clone());
@@ -290,26 +303,27 @@ impl Control {
     }
 }
 
-/// Sends results until there are no more, and lets go of children that will not live on.
+/// Sends results until there are no more, and lets go of children that will not live on: of all of them where the client is gone.
 fn follow(
     trial: &Trial<'_>,
-    results: &Receiver<ExploreResult>,
+    results: Receiver<ExploreResult>,
     chunks: &mut Chunks<&UnixStream>,
     children: &mut [Option<Unborn>],
     choice: &mut Choice,
 ) -> io::Result<()> {
     let mut ran = Vec::new();
-    loop {
+    let mut next = || loop {
         match results.recv_timeout(GONE_PAUSE) {
             Ok(result) => {
-                if choice.see(&result) {
-                    trial.end();
-                }
+                let decided = choice.see(&result);
                 ran.push(result.index);
-                for &index in ran.iter().filter(|index| !choice.kept.contains(index)) {
-                    if let Some(child) = children.get_mut(index) {
+                for (index, child) in children.iter_mut().enumerate() {
+                    if (decided || ran.contains(&index)) && !choice.kept.contains(&index) {
                         *child = None;
                     }
+                }
+                if decided {
+                    trial.end();
                 }
                 send(chunks, &ExploreEvent::Result(result))?;
             }
@@ -319,7 +333,14 @@ fn follow(
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         }
+    };
+    let outcome = next();
+    if outcome.is_err() {
+        children.iter_mut().for_each(|child| *child = None);
     }
+    drop(results);
+    trial.end();
+    outcome
 }
 
 #[cfg(test)]
@@ -380,11 +401,13 @@ mod tests {
             (" -3 ", Some(-3.0)),
             ("5\nfive", None),
             ("NaN", None),
+            ("inf", None),
             ("", None),
         ] {
             assert_eq!(score(output.as_bytes()), expected, "{output:?}");
         }
         assert_eq!(score(&[0xff]), None);
+        assert_eq!(score(b"\xff\n7\n"), Some(7.0));
     }
 
     #[test]
@@ -395,5 +418,7 @@ mod tests {
         output.write_all(&[2, 3]).unwrap();
         assert_eq!((output.bytes.len(), output.truncated), (OUTPUT_MAX, true));
         assert_eq!(output.bytes.last(), Some(&2));
+        output.write_all(b"\n5\n").unwrap();
+        assert_eq!((output.end.len(), score(&output.end)), (END_MAX, Some(5.0)));
     }
 }

@@ -4,12 +4,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use snapshot_fmt::chain::Chain;
-use snapshot_fmt::manifest::Programs;
+use snapshot_fmt::manifest::{Machine as Description, Programs};
 
 use super::routes::client_is_gone;
 use super::types::{ErrorBody, ErrorCode, SnapshotRequest, SnapshotView};
 use crate::agent::Agent;
-use crate::config::VmConfig;
 use crate::devices::virtio::blk::backup::Moment;
 use crate::machine::Machine;
 use crate::sandbox::record::Record;
@@ -29,8 +28,8 @@ struct Parent {
 
 /// A sandbox's snapshots: one at a time.
 pub struct Snapshots {
-    /// What the machine was made of.
-    pub config: VmConfig,
+    /// What the machine is, and its disks were when it was made.
+    pub machine: Description,
     /// What its memory began with.
     pub origin: Option<Arc<Chain>>,
     /// The snapshot that this begins with.
@@ -39,15 +38,15 @@ pub struct Snapshots {
 }
 
 impl Snapshots {
-    /// For the machine of `config`, whose memory began with `origin`. That begins with the snapshot `base`, if that is one of the user's, and
+    /// For a `machine` whose memory began with `origin`. That begins with the snapshot `base`, if that is one of the user's, and
     /// the first snapshot of the machine is a difference to it.
-    pub fn new(config: VmConfig, origin: Option<Arc<Chain>>, base: Option<Base>) -> Self {
+    pub fn new(machine: Description, origin: Option<Arc<Chain>>, base: Option<Base>) -> Self {
         let parent = base.clone().map(|snapshot| Parent {
             covered: snapshot.chains.memory.layers().len(),
             snapshot,
         });
         Self {
-            config,
+            machine,
             origin,
             base,
             parent: Mutex::new(parent),
@@ -80,7 +79,7 @@ impl Snapshots {
         let base = parent.as_ref().filter(|_| !request.full);
         let order = Order {
             machine,
-            config: &self.config,
+            description: &self.machine,
             agent,
             programs: programs(record),
             warm: record.warm.as_ref().map(Into::into),

@@ -13,15 +13,20 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, recvmsg, sendmsg,
+    socket_with,
 };
 use serde::{Deserialize, Serialize};
 use snapshot_fmt::manifest::{KernelFile, Machine};
+
+use crate::reaper::Reaper;
 
 /// How long a pool may take for each step of an answer. One that is slower is worse than none.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -81,7 +86,7 @@ fn take_into(
     machine: &Machine,
     count: u32,
 ) -> io::Result<()> {
-    let mut pool = UnixStream::connect(socket_in(dir))?;
+    let mut pool = connect(&socket_in(dir))?;
     pool.set_read_timeout(Some(PATIENCE))?;
     pool.set_write_timeout(Some(PATIENCE))?;
     let wanted = Wanted {
@@ -92,10 +97,26 @@ fn take_into(
     let mut line = serde_json::to_vec(&wanted)?;
     line.push(b'\n');
     pool.write_all(&line)?;
-    while let Some(shell) = receive(&pool)? {
+    while shells.len() < count as usize
+        && let Some(shell) = receive(&pool)?
+    {
         shells.push(UnixStream::from(shell));
     }
     Ok(())
+}
+
+/// Connects without waiting: a pool that does not accept is none.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 /// The next shell; `None` at the end.
@@ -114,6 +135,27 @@ fn receive(pool: &UnixStream) -> io::Result<Option<OwnedFd>> {
         _ => None,
     });
     Ok(fd.filter(|_| received.bytes > 0))
+}
+
+/// Starts a shell, for which a machine of this kind is made ahead.
+pub fn new_shell(machine: Option<&Machine>, reaper: &Reaper) -> io::Result<UnixStream> {
+    let (socket, theirs) = UnixStream::pair()?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("shell");
+    if let Some(machine) = machine {
+        command
+            .arg("--machine")
+            .arg(serde_json::to_string(machine)?);
+    }
+    let process = command
+        .stdin(OwnedFd::from(theirs))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        // Who interrupts a pool means the pool.
+        .process_group(0)
+        .spawn()?;
+    reaper.adopt(&process)?;
+    Ok(socket)
 }
 
 /// Gives a shell to a client.

@@ -6,10 +6,9 @@
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -18,7 +17,7 @@ use snapshot_fmt::manifest::Machine;
 use thiserror::Error;
 
 use super::demand::{Bounds, Demand};
-use super::{PATIENCE, Wanted, give, kind, program, socket_in};
+use super::{PATIENCE, Wanted, give, kind, new_shell, program, socket_in};
 use crate::reaper::Reaper;
 
 /// Most kinds of machines; the one that was not asked for longest goes.
@@ -29,8 +28,12 @@ const REQUEST_MAX: u64 = 1 << 20;
 const QUIET: Duration = Duration::from_millis(100);
 /// How often to look whether fewer are wanted.
 const LOOK: Duration = Duration::from_secs(1);
+/// How long a shell may take to be made.
+const START: Duration = Duration::from_secs(30);
 /// Shells that start at once.
 const STARTING_MAX: usize = 2;
+/// How long to wait after a client that got nothing: it may be for want of descriptors.
+const AFTER_ERROR: Duration = Duration::from_millis(20);
 /// How long no shell of a kind is made after one that came to nothing.
 const AFTER_FAILURE: Duration = Duration::from_secs(5);
 
@@ -58,6 +61,7 @@ struct Shell {
     socket: UnixStream,
     /// It has said that it is made.
     ready: bool,
+    started: Instant,
 }
 
 /// Shells for one kind of machine.
@@ -150,10 +154,15 @@ impl Pool {
                 return Ok(());
             }
             self.hear(&spoke);
-            if client && let Ok((client, _)) = self.listener.accept() {
+            if client {
+                let answered = self
+                    .listener
+                    .accept()
+                    .and_then(|(client, _)| self.answer(&client));
                 // A client that breaks off, or sends nonsense, gets nothing.
-                if let Err(error) = self.answer(&client) {
+                if let Err(error) = answered {
                     log::warn!("a client of the pool got nothing: {error}");
+                    std::thread::sleep(AFTER_ERROR);
                 }
             }
         }
@@ -168,8 +177,10 @@ impl Pool {
                 if spoke.next() != Some(&true) {
                     return true;
                 }
-                let said = (&shell.socket).read(&mut [0]);
-                let made = !shell.ready && said.is_ok_and(|count| count == 1);
+                let mut word = [0];
+                let said = (&shell.socket).read(&mut word);
+                // Anything else is the beginning of why not.
+                let made = !shell.ready && said.is_ok_and(|count| count == 1) && word == *b"\n";
                 failed |= !made && !shell.ready;
                 shell.ready |= made;
                 made
@@ -238,10 +249,16 @@ impl Pool {
         for shelf in &mut self.shelves {
             let target = shelf.demand.target(now, self.bounds);
             shelf.shells.truncate(target);
+            let hangs = |shell: &Shell| !shell.ready && now.duration_since(shell.started) > START;
+            shelf.shells.retain(|shell| !hangs(shell));
             let may = shelf.not_before.is_none_or(|moment| now >= moment);
             while may && shelf.shells.len() < target && starting < STARTING_MAX {
-                match start(&shelf.machine, &self.reaper) {
-                    Ok(shell) => shelf.shells.push_back(shell),
+                match new_shell(Some(&shelf.machine), &self.reaper) {
+                    Ok(socket) => shelf.shells.push_back(Shell {
+                        socket,
+                        ready: false,
+                        started: now,
+                    }),
                     Err(error) => {
                         log::warn!("cannot start a shell: {error}");
                         shelf.not_before = Some(now + AFTER_FAILURE);
@@ -252,21 +269,4 @@ impl Pool {
             }
         }
     }
-}
-
-/// Starts a shell.
-fn start(machine: &Machine, reaper: &Reaper) -> io::Result<Shell> {
-    let (socket, theirs) = UnixStream::pair()?;
-    let process = Command::new("/proc/self/exe")
-        .arg("shell")
-        .arg("--machine")
-        .arg(serde_json::to_string(machine)?)
-        .stdin(OwnedFd::from(theirs))
-        .stdout(Stdio::null())
-        .spawn()?;
-    reaper.adopt(&process)?;
-    Ok(Shell {
-        socket,
-        ready: false,
-    })
 }

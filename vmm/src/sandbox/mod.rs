@@ -143,11 +143,7 @@ impl SandboxDir {
         if parent.as_os_str().len() + ID_LEN + 1 + SOCKET_NAME_ROOM > SOCKET_PATH_MAX {
             return Err(SandboxError::PathTooLong { path: parent });
         }
-        if let Some(name) = name.filter(|name| !is_name(name)) {
-            return Err(SandboxError::BadName {
-                name: name.to_owned(),
-            });
-        }
+        name.map_or(Ok(()), check_name)?;
         make_runtime_dir()?;
         remove_dead(&parent);
         let mut tries = 0;
@@ -192,7 +188,16 @@ impl SandboxDir {
             }
             remove(other)?;
         }
-        record::write(self.path(), RECORD, record).map_err(io("write", self.path()))
+        self.rewrite(record)
+    }
+
+    /// Writes it down again, under the same name.
+    pub fn rewrite(&self, record: &Record) -> Result<(), SandboxError> {
+        record::write(self.path(), RECORD, record).map_err(|source| SandboxError::Io {
+            action: "write",
+            path: self.path().to_owned(),
+            source,
+        })
     }
 
     /// Eight hexadecimal digits.
@@ -299,6 +304,16 @@ pub fn remove(sandbox: &Sandbox) -> Result<(), SandboxError> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io(error)),
         _ => Ok(()),
     }
+}
+
+/// Refuses what cannot be a name.
+pub fn check_name(name: &str) -> Result<(), SandboxError> {
+    if is_name(name) {
+        return Ok(());
+    }
+    Err(SandboxError::BadName {
+        name: name.to_owned(),
+    })
 }
 
 fn is_name(name: &str) -> bool {

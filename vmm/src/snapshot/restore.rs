@@ -1,9 +1,10 @@
 //! Opens a snapshot to make a machine of it: what is in the manifest is checked before anything is made.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use snapshot_fmt::chain::Chain;
+use snapshot_fmt::digest::Digest;
 use snapshot_fmt::manifest::{Machine as Description, Programs, Warm};
 use snapshot_fmt::snapshot::Snapshot;
 use snapshot_fmt::state::machine::MachineState;
@@ -46,6 +47,14 @@ pub struct Base {
 }
 
 impl Base {
+    /// Its store, and its id there.
+    pub fn place(&self) -> (PathBuf, Digest) {
+        let snapshot = self.held.snapshot();
+        // A snapshot is a directory of its store.
+        let dir = snapshot.dir().parent().unwrap_or(Path::new(""));
+        (dir.to_owned(), snapshot.id())
+    }
+
     /// The snapshot of `store` that `reference` means.
     pub fn open(store: &Store, reference: &str) -> Result<Self, SnapshotError> {
         let held = store.hold(reference)?;

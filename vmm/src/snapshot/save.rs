@@ -8,17 +8,16 @@ use std::time::{Duration, Instant};
 use snapshot_fmt::digest::Digest;
 use snapshot_fmt::layer::LayerSummary;
 use snapshot_fmt::manifest::{
-    FORMAT, FileEntry, MEMORY, Manifest, Programs, STATE, Warm, disk_layer,
+    FORMAT, FileEntry, MEMORY, Machine as Description, Manifest, Programs, STATE, Warm, disk_layer,
 };
 use snapshot_fmt::state::machine::MachineState;
 use snapshot_fmt::state_file;
 
 use super::SnapshotError;
-use super::description::{cpu, describe};
+use super::description::cpu;
 use super::disk_layer::{DiskChains, DiskToSave, FrozenDisk};
 use super::memory_layer::{LayerInProgress, Lineage};
 use crate::agent::{Agent, Quiet};
-use crate::config::VmConfig;
 use crate::devices::virtio::blk::backup::Moment;
 use crate::machine::Machine;
 use crate::sandbox::record::now;
@@ -28,8 +27,8 @@ use crate::store::{Held, Store};
 pub struct Order<'a> {
     /// The machine.
     pub machine: &'a Machine,
-    /// What it was made of.
-    pub config: &'a VmConfig,
+    /// What it is, as it was when it was made: a disk's file that was put in the place of another is not its.
+    pub description: &'a Description,
     /// The connection that its guest's agent has made to the host, if there still is one. It is kept over a restore where it is at rest.
     pub agent: Option<&'a Agent>,
     /// How programs are run in it.
@@ -75,7 +74,6 @@ pub struct Times {
 
 /// Takes a snapshot, and puts it into `store`.
 pub fn take(order: Order<'_>, store: &Store) -> Result<Taken, SnapshotError> {
-    let machine = describe(order.config, order.machine.disks())?;
     let draft = store.begin()?;
     let written = write(&order, draft.path())?;
     let manifest = Manifest {
@@ -85,7 +83,7 @@ pub fn take(order: Order<'_>, store: &Store) -> Result<Taken, SnapshotError> {
         created: now(),
         software: concat!("bough-vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
         parent: order.parent,
-        machine,
+        machine: order.description.clone(),
         programs: order.programs,
         cpu: cpu(),
         warm: order.warm,
