@@ -73,11 +73,11 @@ pub(super) fn all_in(parent: &Path) -> Result<Vec<Sandbox>, FindError> {
         .flatten()
         .filter_map(|entry| look_at(&entry.path()))
         .collect();
-    // Several can be made in a second; their records are written once.
+    // Several can be made in a second; their locks are made once.
     found.sort_by_cached_key(|sandbox| {
-        let record = fs::metadata(sandbox.paths.dir().join(RECORD));
-        let written = record.and_then(|record| record.modified()).ok();
-        (sandbox.record.created, written, sandbox.record.id.clone())
+        let lock = fs::metadata(sandbox.paths.lock());
+        let made = lock.and_then(|lock| lock.modified()).ok();
+        (sandbox.record.created, made, sandbox.record.id.clone())
     });
     Ok(found)
 }

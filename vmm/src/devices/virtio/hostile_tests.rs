@@ -397,7 +397,9 @@ fn a_doorbell_in_a_loop_leaves_other_devices_their_turn() {
             // It keeps the queue full, and rings all the time.
             let (mut served, mut waiting) = (0, 0);
             loud.raw_desc(0, 0, BUFFERS, 4096, WRITE, 0);
-            while !stop.load(Ordering::Relaxed) {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            // The other thread may be through before this one has begun.
+            while !stop.load(Ordering::Relaxed) || (served == 0 && Instant::now() < deadline) {
                 while waiting < 8 {
                     loud.make_available(0, 0);
                     waiting += 1;
