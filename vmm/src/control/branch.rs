@@ -190,7 +190,7 @@ impl Control {
             state_us: micros(point.times.state),
             freeze_us: micros(point.times.freeze),
             pause_us: micros(point.times.pause),
-            written_us: micros(point.times.written),
+            written_us: micros(point.times.total),
             total_us: micros(start.elapsed()),
         };
         Ok((children, view))

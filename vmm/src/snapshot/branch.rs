@@ -8,7 +8,6 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use snapshot_fmt::chain::Chain;
@@ -20,7 +19,7 @@ use super::SnapshotError;
 use super::chains::Chains;
 use super::memory_layer::Lineage;
 use super::restore::{Base, Saved};
-use super::save::{self, Frozen};
+use super::save::{self, Frozen, Times};
 use crate::agent::Agent;
 use crate::machine::Machine;
 use crate::pager::Mode;
@@ -35,19 +34,6 @@ pub struct Point {
     pub summary: LayerSummary,
     /// How long it took.
     pub times: Times,
-}
-
-/// How long it took to freeze a machine.
-#[derive(Debug, Clone, Copy)]
-pub struct Times {
-    /// Until the state of processors and devices was had.
-    pub state: Duration,
-    /// Until memory was frozen, too.
-    pub freeze: Duration,
-    /// Until the machine ran on: how long it stood still.
-    pub pause: Duration,
-    /// Until the files were written.
-    pub written: Duration,
 }
 
 /// An empty file in memory.
@@ -98,12 +84,7 @@ impl Freezing {
             state,
             memory,
             summary,
-            times: Times {
-                state: frozen.had,
-                freeze: frozen.freeze,
-                pause: frozen.pause,
-                written: frozen.start.elapsed(),
-            },
+            times: frozen.clock.stop(),
         })
     }
 }

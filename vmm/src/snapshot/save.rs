@@ -68,7 +68,7 @@ pub struct Times {
     pub freeze: Duration,
     /// Until everything ran again: all of the pause.
     pub pause: Duration,
-    /// Until everything was on the disk.
+    /// Until everything was written.
     pub total: Duration,
 }
 
@@ -105,14 +105,29 @@ pub struct Frozen {
     pub memory: LayerInProgress,
     /// The disks that were to be saved, likewise.
     pub disks: Vec<FrozenDisk>,
-    /// When the machine was to stand still.
-    pub start: Instant,
-    /// How long it took to have the state, from then.
-    pub had: Duration,
-    /// How long until memory was frozen, too.
-    pub freeze: Duration,
-    /// How long until it ran again.
-    pub pause: Duration,
+    /// How long it stood still.
+    pub clock: Clock,
+}
+
+/// When a machine was to stand still, and how long that took.
+#[derive(Clone, Copy)]
+pub struct Clock {
+    start: Instant,
+    state: Duration,
+    freeze: Duration,
+    pause: Duration,
+}
+
+impl Clock {
+    /// All times, now that everything is written.
+    pub fn stop(self) -> Times {
+        Times {
+            state: self.state,
+            freeze: self.freeze,
+            pause: self.pause,
+            total: self.start.elapsed(),
+        }
+    }
 }
 
 /// Has `machine` stand still for its state, and its memory of that moment be written to `layer`, which `path` names in messages.
@@ -139,10 +154,12 @@ pub fn freeze(
         state,
         disks,
         memory: memory.map_err(SnapshotError::Memory)?,
-        start,
-        had,
-        freeze,
-        pause,
+        clock: Clock {
+            start,
+            state: had,
+            freeze,
+            pause,
+        },
     })
 }
 
@@ -215,11 +232,6 @@ fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
         files,
         memory,
         disks,
-        times: Times {
-            state: frozen.had,
-            freeze: frozen.freeze,
-            pause: frozen.pause,
-            total: frozen.start.elapsed(),
-        },
+        times: frozen.clock.stop(),
     })
 }
