@@ -126,9 +126,14 @@ impl Unborn {
         }
     }
 
-    /// Lets it live on.
+    /// Lets it live on. It may not be listed as such before [`Self::settle`] is through.
     pub fn release(&self) -> io::Result<()> {
         (&self.socket).write_all(b"\n")
+    }
+
+    /// Waits until one that was released is listed as a sandbox of its own. One that ends at once is none, as at any later time.
+    pub fn settle(&self) {
+        let _ = (&self.socket).read(&mut [0]);
     }
 }
 

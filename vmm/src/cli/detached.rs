@@ -143,6 +143,9 @@ pub trait Announce {
         supervisor: &Supervisor,
     ) -> io::Result<bool>;
 
+    /// Tells that the sandbox is listed as one of its own.
+    fn listed(&self) {}
+
     /// Whether the sandbox is to be listed after its end although nobody has said yet that it is wanted.
     fn is_wanted(&self) -> bool {
         true
@@ -218,6 +221,7 @@ pub fn monitor(
         record.kept = true;
         sandbox.rewrite(&record).map_err(bad)?;
     }
+    starter.listed();
     leave_terminal(&sandbox).map_err(unwanted)?;
 
     let ending = supervisor.wait_for_end();

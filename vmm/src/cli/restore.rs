@@ -115,6 +115,7 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
     }
     let view = unborn.ready().map_err(CliError::BadInput)?;
     unborn.release().map_err(failed)?;
+    unborn.settle();
     if args.timings {
         let ms = |us: u64| us as f64 / 1e3;
         let _ = write!(

@@ -160,6 +160,11 @@ impl Announce for Child<'_> {
         Ok(told.is_ok() && (&self.parent.socket).read(&mut [0])? > 0)
     }
 
+    fn listed(&self) {
+        // Nobody may wait for it any more.
+        let _ = (&self.parent.socket).write_all(b"\n");
+    }
+
     /// Nothing is left of a child that is killed before it is wanted.
     fn is_wanted(&self) -> bool {
         false

@@ -82,6 +82,7 @@ impl Control {
             .iter()
             .try_for_each(Unborn::release)
             .map_err(internal)?;
+        children.iter().for_each(Unborn::settle);
         Ok(view)
     }
 

@@ -296,6 +296,7 @@ impl Control {
                 && !child.is_gone()
             {
                 child.release()?;
+                child.settle();
                 kept.push(view.name.clone());
             }
         }
