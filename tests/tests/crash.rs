@@ -318,8 +318,13 @@ impl Stage {
         let left: BTreeSet<_> = self.store()?.difference(&before).cloned().collect();
         let aimed_at_monitor = (who, fault.what) == (Who::Monitor, What::Kill);
         // Calls are counted for each thread: the writer may have come to that number first.
-        let died = format!("{} +++ killed by SIGKILL", victim.pid);
-        let killed = aimed_at_monitor && log.contains(&died);
+        let monitor = victim.pid.to_string();
+        let died = |line: &str| {
+            line.split_once(' ').is_some_and(|(process, rest)| {
+                process == monitor && rest.trim_start().starts_with("+++ killed by SIGKILL")
+            })
+        };
+        let killed = aimed_at_monitor && log.lines().any(died);
         let (drafts, whole): (Vec<_>, Vec<_>) =
             left.iter().partition(|name| name.starts_with("tmp-"));
         if output.status == Some(0) {
