@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::{Output, Vmm, installed};
@@ -136,6 +137,12 @@ impl Drop for Host {
 /// A process that has ended and that nobody has waited for counts as gone.
 pub fn is_alive(pid: u64) -> bool {
     process_state(pid).is_some_and(|state| state != 'Z')
+}
+
+/// Sends a signal to a process.
+pub fn signal(pid: u64, signal: Signal) -> Result<(), Failed> {
+    let pid = Pid::from_raw(i32::try_from(pid)?).ok_or("no process")?;
+    Ok(kill_process(pid, signal)?)
 }
 
 /// The letter of a process's state (proc(5)); none where there is no such process.

@@ -11,9 +11,9 @@ use std::thread::JoinHandle;
 
 use libtest_mimic::Failed;
 use rustix::fs::{FlockOperation, flock};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use tests::Needs::TracedGuest;
-use tests::sandboxes::{Host, is_alive, process_state, wait_for};
+use tests::sandboxes::{Host, is_alive, process_state, signal, wait_for};
 use tests::strace::{Fault, Tracer, What};
 use tests::{Output, test};
 
@@ -414,11 +414,6 @@ fn sample(count: usize, most: usize) -> BTreeSet<usize> {
 
 fn finish(snapshot: JoinHandle<Result<Output, String>>) -> Result<Output, Failed> {
     Ok(snapshot.join().map_err(|_| "the caller panicked")??)
-}
-
-fn signal(pid: u64, signal: Signal) -> Result<(), Failed> {
-    let pid = Pid::from_raw(i32::try_from(pid)?).ok_or("no process")?;
-    Ok(kill_process(pid, signal)?)
 }
 
 /// The snapshot waits for its writer; everything else goes on, and so does the snapshot when the writer does.

@@ -82,6 +82,11 @@ pub fn raise_open_files_limit() {
     }
 }
 
+/// Processors that this process may use.
+pub fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// Memory of this host, in bytes.
 pub fn memory_bytes() -> u64 {
     let info = rustix::system::sysinfo();

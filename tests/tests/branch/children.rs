@@ -3,7 +3,8 @@
 use std::collections::HashSet;
 
 use libtest_mimic::Failed;
-use tests::sandboxes::{Host, is_alive, process_state, wait_for};
+use rustix::process::Signal;
+use tests::sandboxes::{Host, is_alive, process_state, signal, wait_for};
 
 use crate::guest::{python, read, remove, start, wait_for_growth, words, write};
 
@@ -128,15 +129,6 @@ pub fn generations() -> Result<(), Failed> {
     Ok(())
 }
 
-fn kill(pid: u64) -> Result<(), Failed> {
-    let pid = i32::try_from(pid)?;
-    let pid = rustix::process::Pid::from_raw(pid).ok_or("no process")?;
-    Ok(rustix::process::kill_process(
-        pid,
-        rustix::process::Signal::KILL,
-    )?)
-}
-
 /// Whoever of a family is killed, the others live; and nobody is left a zombie.
 pub fn deaths() -> Result<(), Failed> {
     let host = Host::new()?;
@@ -145,12 +137,12 @@ pub fn deaths() -> Result<(), Failed> {
     host.ok(&["branch", "one", "kid-1"])?;
     host.ok(&["branch", "one", "kid-2"])?;
     let pids = [host.pid("kid-1")?, host.pid("one")?];
-    kill(pids[0])?;
+    signal(pids[0], Signal::KILL)?;
     wait_for(|| Ok(process_state(pids[0]).is_none()))?;
     for name in ["one", "kid-2"] {
         python(&host, name, "assert open('/tmp/file').read() == 'kept'")?;
     }
-    kill(pids[1])?;
+    signal(pids[1], Signal::KILL)?;
     wait_for(|| Ok(!is_alive(pids[1])))?;
     write(&host, "kid-2", "/tmp/more", b"more")?;
     host.ok(&["branch", "kid-2", "grandkid"])?;

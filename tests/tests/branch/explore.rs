@@ -3,7 +3,8 @@
 use std::io::{BufRead, BufReader};
 
 use libtest_mimic::Failed;
-use tests::sandboxes::{Host, wait_for};
+use rustix::process::Signal;
+use tests::sandboxes::{Host, signal, wait_for};
 
 use crate::guest::{python, read, start, write};
 
@@ -117,9 +118,7 @@ pub fn cut_short() -> Result<(), Failed> {
             return Err("the children are not listed".into());
         }
         if kill_parent {
-            let pid = i32::try_from(host.pid("one")?)?;
-            let pid = rustix::process::Pid::from_raw(pid).ok_or("no process")?;
-            rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+            signal(host.pid("one")?, Signal::KILL)?;
         } else {
             client.kill()?;
         }

@@ -5,8 +5,8 @@ use std::io::{BufRead, BufReader};
 use std::process::Child;
 
 use libtest_mimic::Failed;
-use rustix::process::{Pid, Signal, kill_process};
-use tests::sandboxes::{Host, wait_for};
+use rustix::process::Signal;
+use tests::sandboxes::{Host, signal, wait_for};
 
 use crate::guest::{SHAPE, python, read, remove, start, write};
 
@@ -59,11 +59,6 @@ fn wait_for_shells(pool: u64) -> Result<Vec<u64>, Failed> {
     children(pool)
 }
 
-fn kill(pid: u64) -> Result<(), Failed> {
-    let pid = Pid::from_raw(i32::try_from(pid)?).ok_or("no process")?;
-    Ok(kill_process(pid, Signal::KILL)?)
-}
-
 /// Children and restores take its processes over and outlive it; what it does not have is started.
 pub fn serves() -> Result<(), Failed> {
     let host = Host::new()?;
@@ -90,9 +85,9 @@ pub fn serves() -> Result<(), Failed> {
     // A shell that is killed is replaced; the pool's death ends those that nobody has.
     let shells = wait_for_shells(pid)?;
     let idle = |pid: &&u64| !taken.contains(pid);
-    kill(*shells.iter().rfind(idle).ok_or("no shells")?)?;
+    signal(*shells.iter().rfind(idle).ok_or("no shells")?, Signal::KILL)?;
     let shells = wait_for_shells(pid)?;
-    kill(pid)?;
+    signal(pid, Signal::KILL)?;
     pool.wait()?;
     let own = [taken, vec![host.pid("copy")?]].concat();
     wait_for(|| {
@@ -108,10 +103,7 @@ pub fn serves() -> Result<(), Failed> {
     // What a killed pool has left is in nobody's way.
     host.ok(&["branch", "one", "late"])?;
     let mut again = self::pool(&host)?;
-    kill_process(
-        Pid::from_raw(i32::try_from(again.id())?).ok_or("no process")?,
-        Signal::TERM,
-    )?;
+    signal(again.id().into(), Signal::TERM)?;
     if !again.wait()?.success() {
         return Err("a pool that is told to end does not end well".into());
     }

@@ -1,17 +1,17 @@
 //! `vmm branch`: makes children of a running sandbox.
 
-use std::io::Write;
 use std::time::Duration;
 
 use clap::Args;
 
 use super::detached::label;
 use super::lifecycle::{failed, living};
-use super::{CliError, find_failed, print, print_json};
+use super::{CliError, find_failed, print, print_json, print_timings};
 use crate::control::client::ask;
-use crate::control::types::{BranchRequest, BranchView};
+use crate::control::types::{BranchRequest, BranchView, ChildView};
 use crate::sandbox::list::find;
 use crate::sizes::{duration, memory_mib};
+use crate::timings::millis;
 
 /// How long it may take. A child gives up before.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -55,9 +55,7 @@ pub fn branch(args: &BranchArgs) -> Result<u8, CliError> {
     let request = BranchRequest {
         count: args.count,
         name: args.name.clone(),
-        ttl_ms: args
-            .ttl
-            .map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
+        ttl_ms: args.ttl.map(millis),
         labels: args.label.iter().cloned().collect(),
         reserve_mib: args.reserve,
     };
@@ -68,7 +66,7 @@ pub fn branch(args: &BranchArgs) -> Result<u8, CliError> {
         return print_json(&view);
     }
     if args.timings {
-        let _ = std::io::stderr().write_all(timings(&view).as_bytes());
+        show_timings(&view);
     }
     let names: String = view
         .children
@@ -78,28 +76,19 @@ pub fn branch(args: &BranchArgs) -> Result<u8, CliError> {
     print(names.as_bytes())
 }
 
-fn timings(view: &BranchView) -> String {
-    let pages = view.data_pages + view.zero_pages;
-    let last = |of: fn(&crate::control::types::ChildView) -> u64| {
-        view.children.iter().map(of).max().unwrap_or(0)
-    };
-    let steps = [
-        (view.state_us, "of its pause: state had".to_owned()),
-        (view.freeze_us, "of its pause: memory frozen".to_owned()),
-        (view.pause_us, "of its pause: running again".to_owned()),
-        (view.written_us, format!("memory written: {pages} pages")),
-        (
-            last(|child| child.running_us),
-            "all children running".to_owned(),
-        ),
-        (
-            last(|child| child.answered_us),
-            "all children ready".to_owned(),
-        ),
-        (view.total_us, "done".to_owned()),
-    ];
-    steps
-        .iter()
-        .map(|(us, what)| format!("{:10.2} ms  {what}\n", *us as f64 / 1e3))
-        .collect()
+fn show_timings(view: &BranchView) {
+    let written = format!(
+        "memory written: {} pages",
+        view.data_pages + view.zero_pages
+    );
+    let last = |of: fn(&ChildView) -> u64| view.children.iter().map(of).max().unwrap_or(0);
+    print_timings(&[
+        (view.state_us, "of its pause: state had"),
+        (view.freeze_us, "of its pause: memory frozen"),
+        (view.pause_us, "of its pause: running again"),
+        (view.written_us, &written),
+        (last(|child| child.running_us), "all children running"),
+        (last(|child| child.answered_us), "all children ready"),
+        (view.total_us, "done"),
+    ]);
 }

@@ -178,13 +178,19 @@ pub fn monitor(
     let mut sandbox = SandboxDir::create(launch.spec.name.as_deref()).map_err(bad)?;
     let paths = sandbox.paths().clone();
     let config = launch.config(&paths, ConsoleConfig::Log(paths.console()))?;
-    let mut record = record(&sandbox, &launch, &config);
-    record.kept = starter.is_wanted();
-    sandbox.publish(&record).map_err(bad)?;
+    let record = record(&sandbox, &launch, &config);
+    let published = Record {
+        kept: starter.is_wanted(),
+        ..record.clone()
+    };
+    sandbox.publish(&published).map_err(bad)?;
     let ready = listen_for_agent(&paths)?;
     let (machine, cache) = launch.make(&config, &paths, &timings)?;
-    let described = describe(&config, machine.disks());
-    let described = described.map_err(|error| CliError::Monitor(error.to_string()))?;
+    let described = match launch.source.saved() {
+        Some(saved) => saved.machine.clone(),
+        None => describe(&config, machine.disks())
+            .map_err(|error| CliError::Monitor(error.to_string()))?,
+    };
     let machine = Arc::new(machine);
     let supervisor = launch
         .spec
@@ -200,11 +206,14 @@ pub fn monitor(
         return Err(boot.cut_short(ending));
     }
     let snapshots = Snapshots::new(described, launch.source.origin(), launch.source.base());
-    let shown = Record {
-        kept: true,
-        ..record.clone()
-    };
-    let control = Control::new(shown, paths.clone(), start, &machine, agent, snapshots);
+    let control = Control::new(
+        record.clone(),
+        paths.clone(),
+        start,
+        &machine,
+        agent,
+        snapshots,
+    );
     let control = Arc::new(control);
     let server = Server::start(&paths.api_socket(), Arc::clone(&control)).map_err(broken)?;
     if show_timings {
@@ -217,8 +226,7 @@ pub fn monitor(
         end_by_force(0, Some(sandbox.path()));
         return Ok(0);
     }
-    if !record.kept {
-        record.kept = true;
+    if !starter.is_wanted() {
         sandbox.rewrite(&record).map_err(bad)?;
     }
     starter.listed();

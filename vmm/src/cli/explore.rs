@@ -9,6 +9,7 @@ use base64::prelude::BASE64_STANDARD;
 use clap::{Args, ValueEnum};
 
 use super::lifecycle::{failed, living};
+use super::program::{Lang, variable};
 use super::{CliError, find_failed, print, status};
 use crate::control::client::{ClientError, ask_for_lines};
 use crate::control::types::{
@@ -16,6 +17,7 @@ use crate::control::types::{
 };
 use crate::sandbox::list::find;
 use crate::sizes::duration;
+use crate::timings::millis;
 
 /// How long the children may take to be made.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -49,7 +51,7 @@ pub struct ExploreArgs {
     timeout: Option<Duration>,
     /// What is given is code in this language, and its arguments
     #[arg(long, value_enum)]
-    lang: Option<LangArg>,
+    lang: Option<Lang>,
     /// Set a variable of the environment of each
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = variable)]
     env: Vec<(String, String)>,
@@ -72,19 +74,6 @@ enum KeepArg {
     All,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum LangArg {
-    Python,
-    Shell,
-}
-
-fn variable(text: &str) -> Result<(String, String), &'static str> {
-    match text.split_once('=') {
-        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
-        _ => Err("give NAME=VALUE"),
-    }
-}
-
 impl ExploreArgs {
     /// What to run, one behind the other.
     fn runs(&self) -> Result<Vec<ExecBody>, CliError> {
@@ -103,14 +92,12 @@ impl ExploreArgs {
                 argv: words,
                 code,
                 lang: match self.lang {
-                    Some(LangArg::Shell) => CodeLanguage::Shell,
-                    Some(LangArg::Python) | None => CodeLanguage::Python,
+                    Some(Lang::Shell) => CodeLanguage::Shell,
+                    Some(Lang::Python) | None => CodeLanguage::Python,
                 },
                 env: self.env.iter().cloned().collect(),
                 user: self.user.clone().unwrap_or_default(),
-                timeout_ms: self.timeout.map_or(0, |time| {
-                    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-                }),
+                timeout_ms: self.timeout.map_or(0, millis),
                 ..ExecBody::default()
             })
         })

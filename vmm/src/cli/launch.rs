@@ -150,7 +150,8 @@ fn build(
     builder::build(config, origin, shell, timings)
 }
 
-fn vsock(paths: &SandboxPaths) -> VsockConfig {
+/// The vsock device of the sandbox at `paths`.
+pub fn vsock(paths: &SandboxPaths) -> VsockConfig {
     VsockConfig {
         cid: GUEST_CID,
         socket: paths.vsock_socket(),

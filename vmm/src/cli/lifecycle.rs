@@ -13,6 +13,7 @@ use crate::logger::complain;
 use crate::sandbox::list::{Sandbox, find};
 use crate::sandbox::remove;
 use crate::sizes::duration;
+use crate::timings::millis;
 
 /// How long a sandbox may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -169,7 +170,7 @@ fn remove_one(sandbox: &Sandbox) -> Result<(), CliError> {
 
 /// Ends a sandbox, and comes back when its process is gone. One that does not answer is killed where force was asked for.
 fn end(sandbox: &Sandbox, time: Duration) -> Result<(), CliError> {
-    let deadline_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let deadline_ms = millis(time);
     let request = StopRequest { deadline_ms };
     let patience = time.saturating_add(PATIENCE);
     let socket = sandbox.paths.api_socket();

@@ -179,6 +179,14 @@ fn print_json(value: &impl serde::Serialize) -> Result<u8, CliError> {
     print(json.as_bytes())
 }
 
+/// Prints for `--timings` what a sandbox's answer says of its steps: microseconds, and what was done by then.
+fn print_timings(steps: &[(u64, &str)]) {
+    for (us, what) in steps {
+        // Who does not read it does not want it.
+        let _ = writeln!(std::io::stderr(), "{:10.2} ms  {what}", *us as f64 / 1e3);
+    }
+}
+
 /// No sandbox of that name is bad input.
 fn find_failed(error: crate::sandbox::list::FindError) -> CliError {
     CliError::BadInput(error.to_string())

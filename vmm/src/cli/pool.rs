@@ -7,12 +7,12 @@ use clap::Args;
 use super::launch::BootFiles;
 use super::vm_args::VmArgs;
 use super::{CliError, print};
-use crate::config::{ConsoleConfig, GUEST_CID, VsockConfig};
+use crate::config::ConsoleConfig;
 use crate::devices::live::Disks;
 use crate::host;
 use crate::pool::demand::Bounds;
 use crate::pool::server::{Pool, PoolError};
-use crate::sandbox::make_runtime_dir;
+use crate::sandbox::{SandboxPaths, make_runtime_dir, runtime_dir};
 use crate::snapshot::description::describe;
 use crate::supervisor::Signals;
 
@@ -47,11 +47,9 @@ pub fn pool(args: &PoolArgs) -> Result<u8, CliError> {
         return Err(CliError::BadInput(message));
     }
     let vm = args.vm.resolve()?;
-    let mut config = vm.machine_config(BootFiles::find(&vm)?, None, ConsoleConfig::Kept);
-    config.vsock = Some(VsockConfig {
-        cid: GUEST_CID,
-        socket: "vsock.sock".into(),
-    });
+    // Where a sandbox will be does not count.
+    let paths = SandboxPaths::new(runtime_dir());
+    let config = vm.machine_config(BootFiles::find(&vm)?, Some(&paths), ConsoleConfig::Kept);
     let machine =
         describe(&config, &Disks::new()).map_err(|error| CliError::BadInput(error.to_string()))?;
     let signals = Signals::catch().map_err(failed)?;

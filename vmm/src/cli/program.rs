@@ -59,19 +59,23 @@ pub struct ProgramArgs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Lang {
+pub enum Lang {
     Python,
     Shell,
 }
 
-fn env_var(text: &str) -> Result<EnvVar, String> {
+/// A variable's name and value.
+pub fn variable(text: &str) -> Result<(String, String), &'static str> {
     match text.split_once('=') {
-        Some((name, value)) if !name.is_empty() => Ok(EnvVar {
-            name: name.to_owned(),
-            value: value.as_bytes().to_vec(),
-        }),
-        _ => Err("give NAME=VALUE".to_owned()),
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("give NAME=VALUE"),
     }
+}
+
+fn env_var(text: &str) -> Result<EnvVar, &'static str> {
+    let (name, value) = variable(text)?;
+    let value = value.into_bytes();
+    Ok(EnvVar { name, value })
 }
 
 /// Thousandths of a processor.

@@ -1,16 +1,15 @@
 //! `vmm restore`: a sandbox that goes on where a snapshot was taken.
 
 use std::fs::File;
-use std::io::Write;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use snapshot_fmt::manifest::STATE;
 
-use super::CliError;
 use super::detached::{self, DetachedArgs, Starter};
 use super::launch::{Launch, Source};
 use super::vm_spec::VmSpec;
+use super::{CliError, print_timings};
 use crate::handover::{Handover, Unborn};
 use crate::pager::Mode;
 use crate::pool;
@@ -19,7 +18,7 @@ use crate::sizes::duration;
 use crate::snapshot::SnapshotError;
 use crate::snapshot::restore::Saved;
 use crate::store::Store;
-use crate::timings::monotonic_ns;
+use crate::timings::{millis, monotonic_ns};
 
 /// Start a sandbox that goes on where a snapshot was taken, and print its name
 ///
@@ -89,9 +88,7 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
     };
     let mut handover = Handover {
         name: None,
-        timeout_ms: args
-            .timeout
-            .map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+        timeout_ms: args.timeout.map(millis),
         labels: args.detached.label.iter().cloned().collect(),
         branch: None,
         machine: saved.machine.clone(),
@@ -117,13 +114,10 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
     unborn.release().map_err(failed)?;
     unborn.settle();
     if args.timings {
-        let ms = |us: u64| us as f64 / 1e3;
-        let _ = write!(
-            std::io::stderr(),
-            "{:10.2} ms  first KVM_RUN\n{:10.2} ms  guest told\n",
-            ms(view.running_us),
-            ms(view.answered_us)
-        );
+        print_timings(&[
+            (view.running_us, "first KVM_RUN"),
+            (view.answered_us, "guest told"),
+        ]);
     }
     Ok(Some(view.id))
 }

@@ -13,14 +13,14 @@ use snapshot_fmt::manifest::Machine;
 
 use super::CliError;
 use super::detached::{self, Announce};
-use super::launch::{Launch, Source};
+use super::launch::{Launch, Source, vsock};
 use super::vm_spec::VmSpec;
 use crate::builder::Shell;
-use crate::config::{ConsoleConfig, GUEST_CID, VsockConfig};
+use crate::config::ConsoleConfig;
 use crate::control::types::ChildView;
 use crate::handover::{self, Word};
 use crate::pool::kind;
-use crate::sandbox::SandboxDir;
+use crate::sandbox::{SandboxDir, SandboxPaths, runtime_dir};
 use crate::snapshot::branch::Begun;
 use crate::snapshot::restore::Base;
 use crate::snapshot::{SnapshotError, description};
@@ -64,10 +64,8 @@ fn prepare(args: &ShellArgs) -> Result<Option<(Machine, Shell)>, CliError> {
     };
     let bad = |error: &dyn std::fmt::Display| CliError::BadInput(format!("--machine: {error}"));
     let machine: Machine = serde_json::from_str(json).map_err(|error| bad(&error))?;
-    let vsock = VsockConfig {
-        cid: GUEST_CID,
-        socket: "vsock.sock".into(),
-    };
+    // Where the sandbox will be does not count.
+    let vsock = vsock(&SandboxPaths::new(runtime_dir()));
     let config = description::config(&machine, Some(vsock), ConsoleConfig::Kept)
         .map_err(|error| bad(&error))?;
     Ok(Some((machine, Shell::new(&config)?)))

@@ -1,12 +1,11 @@
 //! `vmm snapshot`: saves a sandbox while it runs on.
 
-use std::io::Write;
 use std::time::Duration;
 
 use clap::Args;
 
 use super::lifecycle::{failed, living};
-use super::{CliError, find_failed, print, print_json};
+use super::{CliError, find_failed, print, print_json, print_timings};
 use crate::control::client::ask;
 use crate::control::types::{SnapshotRequest, SnapshotView};
 use crate::sandbox::list::find;
@@ -51,17 +50,13 @@ pub fn snapshot(args: &SnapshotArgs) -> Result<u8, CliError> {
         return print_json(&view);
     }
     if args.timings {
-        let ms = |us: u64| us as f64 / 1e3;
-        let _ = write!(
-            std::io::stderr(),
-            "{:10.2} ms  state had\n{:10.2} ms  memory frozen\n{:10.2} ms  running again\n{:10.2} ms  written: {} pages, {} bytes\n",
-            ms(view.state_us),
-            ms(view.freeze_us),
-            ms(view.pause_us),
-            ms(view.total_us),
-            view.data_pages,
-            view.bytes
-        );
+        let written = format!("written: {} pages, {} bytes", view.data_pages, view.bytes);
+        print_timings(&[
+            (view.state_us, "state had"),
+            (view.freeze_us, "memory frozen"),
+            (view.pause_us, "running again"),
+            (view.total_us, &written),
+        ]);
     }
     print((view.id + "\n").as_bytes())
 }

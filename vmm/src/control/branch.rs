@@ -6,8 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::PoisonError;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use snapshot_fmt::chain::{Chain, DEPTH_MAX};
 
@@ -20,7 +19,7 @@ use crate::pool::{self, new_shell};
 use crate::sandbox::{check_name, runtime_dir};
 use crate::snapshot::branch::freeze;
 use crate::snapshot::restore::Base;
-use crate::timings::monotonic_ns;
+use crate::timings::{micros, monotonic_ns};
 
 /// Most children of a call.
 const COUNT_MAX: u32 = 1000;
@@ -132,11 +131,7 @@ impl Control {
         };
         handover.labels.extend(request.labels);
 
-        let agent = self
-            .agent
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let agent = self.agent();
         let freezing = freeze(&machine, agent.as_ref(), origin).map_err(refused)?;
         // Their processes start while memory is written: before, they would have made the pause longer.
         let mut shells = pool::take(&runtime_dir(), &handover.machine, count).into_iter();
@@ -167,8 +162,7 @@ impl Control {
             }
             Ok(())
         };
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let at_once = processors * AT_ONCE;
+        let at_once = host::processors() * AT_ONCE;
         for child in children.iter_mut().take(at_once) {
             send(child).map_err(internal)?;
         }
@@ -183,7 +177,6 @@ impl Control {
                 send(next).map_err(internal)?;
             }
         }
-        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let view = BranchView {
             children: views,
             data_pages: point.summary.data_pages,

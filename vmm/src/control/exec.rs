@@ -18,9 +18,10 @@ use crate::agent::{
 };
 use crate::sandbox::SandboxPaths;
 use crate::sandbox::record::Record;
+use crate::timings::millis;
 
 /// How long the guest's agent may take to answer.
-pub(super) const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
+const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
 /// How often to look whether the client is still there.
 const GONE_PAUSE: Duration = Duration::from_millis(100);
 
@@ -52,6 +53,15 @@ pub(super) fn start(
     })
 }
 
+/// Connects to the agent of the sandbox at `paths`.
+pub(super) fn connect(paths: &SandboxPaths) -> Result<Agent, ErrorBody> {
+    let deadline = Some(Instant::now() + CONNECT_PATIENCE);
+    let agent = Agent::connect(&paths.vsock_socket(), AGENT_PORT, deadline);
+    let agent = agent.map_err(|error| agent_error(&error))?;
+    agent.set_deadline(None);
+    Ok(agent)
+}
+
 /// Refuses what asks for nothing.
 pub(super) fn check(body: &ExecBody) -> Result<(), ErrorBody> {
     if body.argv.is_empty() && body.code.is_empty() {
@@ -71,7 +81,6 @@ pub(super) fn stdin(body: &ExecBody) -> Stdin<'_> {
 
 /// How it ended, as it is told.
 pub(super) fn ended_view(ended: &Ended) -> EndedView {
-    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     EndedView {
         status: ended.status.shell_status(),
         timed_out: ended.timed_out,
@@ -122,10 +131,8 @@ struct Lines<'a>(Mutex<Chunks<&'a UnixStream>>);
 
 impl Lines<'_> {
     fn send(&self, event: &ExecEvent) -> io::Result<()> {
-        let mut line = serde_json::to_vec(event)?;
-        line.push(b'\n');
         let mut chunks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        chunks.write(&line)
+        chunks.write_json(event)
     }
 }
 
@@ -158,10 +165,7 @@ pub fn exec(
     stream: &UnixStream,
 ) -> Result<(), ErrorBody> {
     check(body)?;
-    let deadline = Some(Instant::now() + CONNECT_PATIENCE);
-    let agent = Agent::connect(&paths.vsock_socket(), AGENT_PORT, deadline);
-    let agent = agent.map_err(|error| agent_error(&error))?;
-    agent.set_deadline(None);
+    let agent = connect(paths)?;
     let running = start(&agent, body, record).map_err(|error| agent_error(&error))?;
     let _watch = Watch::start(stream, running.controller());
     // A slow reader stalls its program, for as long as it likes.

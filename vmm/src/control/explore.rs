@@ -14,16 +14,18 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
-use super::exec::{CONNECT_PATIENCE, agent_error, check, ended_view, start, stdin};
+use super::exec::{agent_error, check, connect, ended_view, start, stdin};
 use super::http::Chunks;
 use super::routes::{Control, client_is_gone};
 use super::types::{
     BranchRequest, BranchView, ChildView, EndedView, ErrorBody, ErrorCode, ExecBody, ExploreBody,
     ExploreEvent, ExploreResult, Keep,
 };
-use crate::agent::{AGENT_PORT, Agent, Controller, Stdio};
+use crate::agent::{Controller, Stdio};
 use crate::handover::Unborn;
+use crate::host;
 use crate::sandbox::{SandboxPaths, runtime_dir};
+use crate::timings::micros;
 
 /// How much of each output is told, in bytes.
 const OUTPUT_MAX: usize = 256 << 10;
@@ -105,7 +107,7 @@ impl Trial<'_> {
             stdout: BASE64_STANDARD.encode(&stdout.bytes),
             stderr: BASE64_STANDARD.encode(&stderr.bytes),
             truncated: stdout.truncated || stderr.truncated,
-            took_us: u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX),
+            took_us: micros(began.elapsed()),
         }
     }
 
@@ -119,10 +121,7 @@ impl Trial<'_> {
     ) -> Result<EndedView, ErrorBody> {
         let given_up = || ErrorBody::new(ErrorCode::Conflict, "given up: another has won");
         let paths = SandboxPaths::new(runtime_dir().join(&child.id));
-        let deadline = Some(Instant::now() + CONNECT_PATIENCE);
-        let agent = Agent::connect(&paths.vsock_socket(), AGENT_PORT, deadline)
-            .map_err(|error| agent_error(&error))?;
-        agent.set_deadline(None);
+        let agent = connect(&paths)?;
         let running =
             start(&agent, run, &self.control.record).map_err(|error| agent_error(&error))?;
         {
@@ -206,12 +205,6 @@ impl Choice {
     }
 }
 
-fn send(chunks: &mut Chunks<&UnixStream>, event: &ExploreEvent) -> io::Result<()> {
-    let mut line = serde_json::to_vec(event)?;
-    line.push(b'\n');
-    chunks.write(&line)
-}
-
 impl Control {
     /// Carries it out, and sends what comes of it as it comes. An error is what was refused before anything was sent.
     pub(super) fn explore(&self, body: &ExploreBody, stream: &UnixStream) -> Result<(), ErrorBody> {
@@ -259,10 +252,10 @@ impl Control {
             kept: Vec::new(),
             best: None,
         };
-        send(chunks, &ExploreEvent::Branched(view))?;
+        chunks.write_json(&ExploreEvent::Branched(view))?;
 
         let parallel = match usize::try_from(body.parallel) {
-            Ok(0) => std::thread::available_parallelism().map_or(1, usize::from),
+            Ok(0) => host::processors(),
             Ok(parallel) => parallel,
             Err(_) => usize::MAX,
         };
@@ -300,7 +293,7 @@ impl Control {
                 kept.push(view.name.clone());
             }
         }
-        send(chunks, &ExploreEvent::Kept(kept))
+        chunks.write_json(&ExploreEvent::Kept(kept))
     }
 }
 
@@ -326,7 +319,7 @@ fn follow(
                 if decided {
                     trial.end();
                 }
-                send(chunks, &ExploreEvent::Result(result))?;
+                chunks.write_json(&ExploreEvent::Result(result))?;
             }
             Err(RecvTimeoutError::Timeout) if client_is_gone(chunks.stream()) => {
                 return Err(io::ErrorKind::BrokenPipe.into());

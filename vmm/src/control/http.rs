@@ -3,6 +3,7 @@
 
 use std::io::{self, BufRead, Read, Write};
 
+use serde::Serialize;
 use thiserror::Error;
 
 /// Longest head that is read, in bytes.
@@ -202,6 +203,13 @@ impl<W: Write> Chunks<W> {
         let head = format!("{:x}\r\n", bytes.len());
         self.0
             .write_all(&[head.as_bytes(), bytes, b"\r\n"].concat())
+    }
+
+    /// Writes a line of JSON, as a chunk.
+    pub fn write_json(&mut self, value: &impl Serialize) -> io::Result<()> {
+        let mut line = serde_json::to_vec(value)?;
+        line.push(b'\n');
+        self.write(&line)
     }
 
     /// The stream that it writes to.

@@ -20,6 +20,7 @@ use crate::machine::{Machine, RunState};
 use crate::reaper::Reaper;
 use crate::sandbox::SandboxPaths;
 use crate::sandbox::record::Record;
+use crate::timings::millis;
 
 /// The API's description.
 pub const OPENAPI: &str = include_str!("openapi.json");
@@ -37,7 +38,7 @@ pub struct Control {
     /// It ends where the machine does.
     machine: Weak<Machine>,
     exit: ExitLatch,
-    pub(super) agent: Mutex<Option<Agent>>,
+    agent: Mutex<Option<Agent>>,
     pub(super) snapshots: Snapshots,
     pub(super) reaper: Reaper,
     stopping: AtomicBool,
@@ -135,6 +136,12 @@ impl Control {
         self.machine.upgrade().ok_or_else(ended)
     }
 
+    /// The connection that serves for its end alone, until that was asked for.
+    pub(super) fn agent(&self) -> Option<Agent> {
+        let agent = self.agent.lock().unwrap_or_else(PoisonError::into_inner);
+        agent.clone()
+    }
+
     /// A stop was asked for: an end that the guest makes itself is what was wanted.
     pub fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
@@ -205,7 +212,7 @@ impl Control {
         Ok(SandboxView {
             record: self.record.clone(),
             state,
-            uptime_ms: u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX),
+            uptime_ms: millis(self.start.elapsed()),
             resident_bytes: resident_bytes(),
             private_bytes: private_bytes(),
             vsock: self.paths.vsock_socket().to_string_lossy().into_owned(),
@@ -276,11 +283,7 @@ fn snapshot(
     refuse_while_stopping(control)?;
     let request = body(request)?;
     let machine = control.machine()?;
-    let agent = control
-        .agent
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone();
+    let agent = control.agent();
     let taken =
         control
             .snapshots

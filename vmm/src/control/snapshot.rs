@@ -18,6 +18,7 @@ use crate::snapshot::memory_layer::Lineage;
 use crate::snapshot::restore::Base;
 use crate::snapshot::save::{Order, Taken, take};
 use crate::store::{Store, StoreError};
+use crate::timings::micros;
 
 /// What a sandbox's next snapshot is a difference to: the one that it goes back to, or the last that was taken.
 struct Parent {
@@ -116,8 +117,6 @@ impl Snapshots {
                 log::warn!("the next snapshot will not be a difference to this one: {error}");
             }
         }
-        let micros =
-            |time: std::time::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Ok(SnapshotView {
             id: manifest.id.to_string(),
             name: manifest.name,
