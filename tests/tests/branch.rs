@@ -8,6 +8,8 @@ mod explore;
 mod guest;
 #[path = "branch/pool.rs"]
 mod pool;
+#[path = "branch/rollback.rs"]
+mod rollback;
 
 use std::process::ExitCode;
 
@@ -25,6 +27,16 @@ fn main() -> ExitCode {
             children::all_or_none,
         ),
         test("a_child_becomes_a_snapshot", Guest, children::commit),
+        test(
+            "a_child_goes_back_again_and_again",
+            Guest,
+            rollback::again_and_again,
+        ),
+        test(
+            "a_sandbox_goes_back_to_a_snapshot",
+            Guest,
+            rollback::to_a_snapshot,
+        ),
         test("a_pool_gives_its_processes_away", Guest, pool::serves),
         test("the_first_success_is_kept", Guest, explore::first_success),
         test("the_best_score_is_kept", Guest, explore::score),

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -109,7 +109,7 @@ pub trait Witness: Send + Sync {
 struct Inner {
     reason: Mutex<Option<ExitReason>>,
     event: OwnedFd,
-    witness: OnceLock<Arc<dyn Witness>>,
+    witness: Mutex<Option<Arc<dyn Witness>>>,
 }
 
 /// Where the end of a VM is written by whoever sees it first.
@@ -123,20 +123,26 @@ impl ExitLatch {
         Ok(Self(Arc::new(Inner {
             reason: Mutex::new(None),
             event,
-            witness: OnceLock::new(),
+            witness: Mutex::default(),
         })))
     }
 
-    /// Has `witness` be asked from now on. There is one; a second is not.
+    /// Has `witness` be asked from now on, in place of any before it.
     pub fn ask(&self, witness: Arc<dyn Witness>) {
-        let _ = self.0.witness.set(witness);
+        *self.lock_witness() = Some(witness);
+    }
+
+    fn lock_witness(&self) -> MutexGuard<'_, Option<Arc<dyn Witness>>> {
+        let witness = self.0.witness.lock();
+        witness.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes `reason` unless there is one already. What the witness says is behind an end of the guest's own is written instead.
     pub fn set(&self, reason: ExitReason) {
         let mut slot = self.0.reason.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none() {
-            let witness = self.0.witness.get().filter(|_| reason.is_the_guests());
+            let witness = self.lock_witness().clone();
+            let witness = witness.filter(|_| reason.is_the_guests());
             let behind = witness.and_then(|witness| witness.behind());
             *slot = Some(behind.map_or(reason, ExitReason::Monitor));
             // It fails only where the counter is full, and then it is readable already.
@@ -148,7 +154,7 @@ impl ExitLatch {
     pub fn get(&self) -> Option<ExitReason> {
         let mut slot = self.0.reason.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none()
-            && let Some(witness) = self.0.witness.get()
+            && let Some(witness) = self.lock_witness().clone()
         {
             *slot = witness.reported().map(ExitReason::Monitor);
         }

@@ -1,5 +1,9 @@
 //! A virtual machine's life: it runs, with pauses, from when it is started until its end or its drop.
 
+mod rewind;
+#[cfg(test)]
+mod rewind_tests;
+
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::sync_channel;
@@ -14,12 +18,15 @@ use crate::devices::live::{Disks, LiveDevices};
 use crate::devices::serial::ConsoleTail;
 use crate::event_loop::{EventLoop, EventLoopError, QuiesceError, Subscriber};
 use crate::exit::ExitLatch;
+use crate::kvm::decoy::Decoy;
 use crate::kvm::{self, KvmError, platform};
 use crate::memory::GuestMemory;
 use crate::pager::Pager;
 use crate::sys::file_mapping::FileMapping;
 use crate::vcpu::state::{self, SaveContext, VcpuStateError};
 use crate::vcpu::{VcpuContext, VcpuThread};
+
+pub use self::rewind::{Moment, RewindError, Rewound};
 
 /// How long a processor may take to leave the guest. It does so at once, unless the host has no time for its thread.
 const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
@@ -100,7 +107,8 @@ pub struct Machine {
     vm: VmFd,
     memory: Arc<GuestMemory>,
     files: Vec<(u64, FileMapping)>,
-    pager: Option<Pager>,
+    decoy: Mutex<Option<Decoy>>,
+    pager: Mutex<Option<Arc<Pager>>>,
     agent_link: Mutex<Option<UnixStream>>,
 }
 
@@ -145,7 +153,8 @@ impl Machine {
             vm,
             memory,
             files,
-            pager,
+            decoy: Mutex::default(),
+            pager: Mutex::new(pager.map(Arc::new)),
             agent_link: Mutex::new(agent_link),
         })
     }
@@ -200,11 +209,12 @@ impl Machine {
     /// The host's end of the connection that the agent had when the machine was saved, once. None where that did not survive:
     /// the agent then calls again.
     pub fn take_agent_link(&self) -> Option<UnixStream> {
-        let mut link = self
-            .agent_link
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        link.take()
+        self.lock_agent_link().take()
+    }
+
+    fn lock_agent_link(&self) -> MutexGuard<'_, Option<UnixStream>> {
+        let link = self.agent_link.lock();
+        link.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Guest memory.
@@ -218,8 +228,12 @@ impl Machine {
     }
 
     /// What brings its memory, where it was saved before.
-    pub fn pager(&self) -> Option<&Pager> {
-        self.pager.as_ref()
+    pub fn pager(&self) -> Option<Arc<Pager>> {
+        self.lock_pager().clone()
+    }
+
+    fn lock_pager(&self) -> MutexGuard<'_, Option<Arc<Pager>>> {
+        self.pager.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Stops everything, and has `during` see the state of this moment, in which memory stands still as well; then goes on,
@@ -282,13 +296,13 @@ impl Machine {
 /// ends: it sees nothing else of that page.
 impl Drop for Machine {
     fn drop(&mut self) {
-        let Some(pager) = &self.pager else {
+        let Some(pager) = self.pager() else {
             return;
         };
         self.vcpus.iter().for_each(VcpuThread::stop);
-        let ended = wait_unless_failed(pager, || self.vcpus.iter().all(VcpuThread::has_ended));
+        let ended = wait_unless_failed(&pager, || self.vcpus.iter().all(VcpuThread::has_ended));
         self.event_loop.stop();
-        if wait_unless_failed(pager, || self.event_loop.has_ended()) && ended {
+        if wait_unless_failed(&pager, || self.event_loop.has_ended()) && ended {
             return;
         }
         self.vcpus.iter_mut().for_each(VcpuThread::abandon);

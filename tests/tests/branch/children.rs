@@ -9,7 +9,7 @@ use tests::sandboxes::{Host, is_alive, process_state, signal, wait_for};
 use crate::guest::{python, read, remove, start, wait_for_growth, words, write};
 
 /// A program that counts, and draws a random number for each count.
-const COUNT: &str = "
+pub const COUNT: &str = "
 def count():
     n = words('/tmp/count', 8)
     while n[0] < 4000:
@@ -20,14 +20,14 @@ go_on(count)
 ";
 
 /// What a guest says of itself that no other may say.
-const IDENTITY: &str = "
+pub const IDENTITY: &str = "
 import random, uuid
 print(os.uname().nodename, uuid.uuid4(), random.getrandbits(64))
 print(open('/etc/machine-id').read())
 ";
 
 /// The numbers that the program of [`COUNT`] has drawn.
-fn drawn(host: &Host, name: &str) -> Result<Vec<u64>, Failed> {
+pub fn drawn(host: &Host, name: &str) -> Result<Vec<u64>, Failed> {
     let bytes = read(host, name, "/tmp/count")?;
     let words: Vec<_> = bytes
         .chunks_exact(8)
@@ -35,6 +35,11 @@ fn drawn(host: &Host, name: &str) -> Result<Vec<u64>, Failed> {
         .collect();
     let count = usize::try_from(*words.first().ok_or("an empty file")?)?;
     Ok(words.get(2..count + 2).ok_or("a short file")?.to_vec())
+}
+
+/// How many numbers both have from the first on.
+pub fn common(a: &[u64], b: &[u64]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 /// Parent and children have drawn the same numbers until one moment, and others from then on. A number that was being drawn at that moment may be the
@@ -58,7 +63,6 @@ pub fn go_on() -> Result<(), Failed> {
         write(&host, name, "/tmp/file", name.as_bytes())?;
         series.push(drawn(&host, name)?);
     }
-    let common = |a: &[u64], b: &[u64]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
     let (first, others) = series.split_first().ok_or("nobody")?;
     let moments: HashSet<_> = others.iter().map(|other| common(first, other)).collect();
     let (first, last) = (moments.iter().min(), moments.iter().max());

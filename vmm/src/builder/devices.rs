@@ -78,6 +78,7 @@ pub(super) struct Devices<'a> {
     pub files: Vec<(u64, FileMapping)>,
     pub subscribers: Vec<Subscriber>,
     transports: Vec<Arc<Mutex<MmioTransport>>>,
+    vsock: Option<Arc<Mutex<Vsock>>>,
     /// The host's end of the agent's connection, where a restored guest has kept it.
     pub agent_link: Option<UnixStream>,
     root: Option<Root>,
@@ -150,6 +151,7 @@ impl<'a> Devices<'a> {
             files: Vec::new(),
             subscribers: Vec::new(),
             transports: Vec::new(),
+            vsock: None,
             agent_link: None,
             root: None,
             exit: ExitLatch::new()?,
@@ -174,6 +176,7 @@ impl<'a> Devices<'a> {
         let live = LiveDevices {
             serial,
             virtio: std::mem::take(&mut devices.transports),
+            vsock: devices.vsock.take(),
             disks: std::mem::take(&mut devices.disks),
         };
         Ok((devices, live))
@@ -286,6 +289,7 @@ impl<'a> Devices<'a> {
             }) => self.add_virtio(Block::restore(config, state)?, Some(transport)),
             Some(_) => Err(BuildError::OtherDevices("a block device is new")),
         }
+        .map(drop)
     }
 
     /// Gives the file's kind of file system.
@@ -313,7 +317,7 @@ impl<'a> Devices<'a> {
             socket_path,
             kept_port: AGENT_PORT,
         };
-        match self.next_saved()? {
+        let vsock = match self.next_saved()? {
             None => self.add_virtio(Vsock::new(config)?, None),
             Some(VirtioState {
                 transport,
@@ -324,7 +328,9 @@ impl<'a> Devices<'a> {
                 self.add_virtio(vsock, Some(transport))
             }
             Some(_) => Err(BuildError::OtherDevices("the vsock device is new")),
-        }
+        }?;
+        self.vsock = Some(vsock);
+        Ok(())
     }
 
     fn add_rng(&mut self) -> Result<(), BuildError> {
@@ -336,6 +342,7 @@ impl<'a> Devices<'a> {
             }) => self.add_virtio(Rng::new()?, Some(transport)),
             Some(_) => Err(BuildError::OtherDevices("the entropy device is new")),
         }
+        .map(drop)
     }
 
     /// Gives a virtio device the next window, interrupt line and a place in the event loop. Behind a `saved` transport it
@@ -344,7 +351,7 @@ impl<'a> Devices<'a> {
         &mut self,
         device: D,
         saved: Option<&VirtioMmioState>,
-    ) -> Result<(), BuildError>
+    ) -> Result<Arc<Mutex<D>>, BuildError>
     where
         D: VirtioDevice + MutEventSubscriber + 'static,
     {
@@ -369,8 +376,8 @@ impl<'a> Devices<'a> {
         self.mmio
             .insert(base, WINDOW_SIZE, Arc::clone(&transport) as _)?;
         self.transports.push(transport);
-        self.subscribers.push(device);
-        Ok(())
+        self.subscribers.push(Arc::clone(&device) as _);
+        Ok(device)
     }
 
     /// The kernel's command line: what every guest needs, what this kind of KVM needs, the devices, the

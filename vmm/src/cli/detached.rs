@@ -5,24 +5,28 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use snapshot_fmt::state::agent::AgentState;
 
 use super::launch::{Launch, become_monitor};
 use super::ready::{Boot, listen_for_agent};
 use super::{CliError, ending_status, print};
+use crate::agent::{AGENT_PORT, Agent};
 use crate::config::{ConsoleConfig, VmConfig};
+use crate::control::rollback::Reception;
 use crate::control::routes::Control;
 use crate::control::server::Server;
-use crate::control::snapshot::Snapshots;
+use crate::control::snapshot::{Past, Snapshots};
 use crate::exit::ExitReason;
 use crate::machine::Machine;
-use crate::sandbox::SandboxDir;
 use crate::sandbox::record::{ExitRecord, Record, now};
+use crate::sandbox::{SandboxDir, SandboxPaths};
 use crate::snapshot::description::describe;
 use crate::supervisor::{Ending, Supervisor, end_by_force};
 use crate::timings::Timings;
@@ -205,14 +209,23 @@ pub fn monitor(
     if let Some(ending) = watch.end() {
         return Err(boot.cut_short(ending));
     }
-    let snapshots = Snapshots::new(described, launch.source.origin(), launch.source.base());
+    let past = Past {
+        began: launch.source.saved().cloned(),
+        base: launch.source.base(),
+    };
+    let reception = Doorman {
+        paths: paths.clone(),
+        supervisor: supervisor.clone(),
+        name: launch.branch.as_ref().map(|_| record.name.clone()),
+    };
     let control = Control::new(
         record.clone(),
         paths.clone(),
         start,
         &machine,
         agent,
-        snapshots,
+        Box::new(reception),
+        Snapshots::new(described, past),
     );
     let control = Arc::new(control);
     let server = Server::start(&paths.api_socket(), Arc::clone(&control)).map_err(broken)?;
@@ -237,7 +250,7 @@ pub fn monitor(
         control.stop(SIGNAL_PATIENCE);
     }
     if let (Some(saved), Some(pager)) = (launch.source.saved(), machine.pager()) {
-        saved.keep_working_set(pager);
+        saved.keep_working_set(&pager);
     }
     let exit = exit_record(&machine, &ending, control.is_stopping());
     let status = exit.status;
@@ -250,6 +263,43 @@ pub fn monitor(
         log::warn!("cannot write down how the sandbox ended: {error}");
     }
     Ok(status)
+}
+
+/// Receives the agent of a guest that is taken back.
+struct Doorman {
+    paths: SandboxPaths,
+    supervisor: Supervisor,
+    /// The guest's own, where it is a child.
+    name: Option<String>,
+}
+
+impl Reception for Doorman {
+    fn listen(&self) -> Result<UnixListener, String> {
+        let _ = std::fs::remove_file(self.paths.vsock_listener(AGENT_PORT));
+        listen_for_agent(&self.paths).map_err(|error| error.to_string())
+    }
+
+    fn receive(
+        &self,
+        machine: &Machine,
+        ready: UnixListener,
+        state: Option<&AgentState>,
+    ) -> Result<Agent, String> {
+        let start = Instant::now();
+        let boot = Boot {
+            machine,
+            supervisor: self.supervisor.clone(),
+            start,
+            timings: &Timings::since(start),
+        };
+        let (agent, watch) = boot
+            .restored_agent(ready, state, self.name.as_deref())
+            .map_err(|error| error.to_string())?;
+        match watch.end() {
+            None => Ok(agent),
+            Some(ending) => Err(boot.cut_short(ending).to_string()),
+        }
+    }
 }
 
 /// Belongs to nobody from now on. What is logged goes to a file.

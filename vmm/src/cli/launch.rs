@@ -4,8 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use snapshot_fmt::chain::Chain;
-
 use super::vm_args::{installed_image, installed_kernel};
 use super::vm_spec::VmSpec;
 use super::{CliError, ending_status};
@@ -45,23 +43,18 @@ pub enum Source {
     /// A kernel and an image.
     Boot(BootFiles),
     /// What another guest of the same kind was when it had booted.
-    Cached(Box<Saved>),
+    Cached(Arc<Saved>),
     /// A snapshot of the user's, or a running parent's moment.
-    Saved(Box<Saved>),
+    Saved(Arc<Saved>),
 }
 
 impl Source {
     /// The snapshot that it is, if it is one.
-    pub fn saved(&self) -> Option<&Saved> {
+    pub fn saved(&self) -> Option<&Arc<Saved>> {
         match self {
             Self::Boot(_) => None,
             Self::Cached(saved) | Self::Saved(saved) => Some(saved),
         }
-    }
-
-    /// What the machine's memory begins with, where that is not zeros.
-    pub fn origin(&self) -> Option<Arc<Chain>> {
-        self.saved().map(|saved| Arc::clone(&saved.chains.memory))
     }
 
     /// What the machine's first snapshot is a difference to.
@@ -121,7 +114,7 @@ impl Launch {
         if let Some(cache) = &cache
             && let Some(saved) = cache.find()
         {
-            let cached = Source::Cached(Box::new(saved));
+            let cached = Source::Cached(Arc::new(saved));
             match build(config, paths, &cached, None, timings) {
                 Ok(machine) => {
                     self.source = cached;

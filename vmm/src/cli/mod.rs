@@ -22,6 +22,7 @@ mod pool;
 mod program;
 mod ready;
 mod restore;
+mod rollback;
 mod run;
 mod shell;
 mod snap;
@@ -82,6 +83,7 @@ enum Command {
     Start(start::StartArgs),
     Restore(restore::RestoreArgs),
     Snapshot(snapshot::SnapshotArgs),
+    Rollback(rollback::RollbackArgs),
     Branch(branch::BranchArgs),
     Explore(explore::ExploreArgs),
     Pool(pool::PoolArgs),
@@ -283,6 +285,7 @@ pub fn main(start: Instant) -> ExitCode {
         Command::Start(args) => start::start(&args, start),
         Command::Restore(args) => restore::restore(&args, start),
         Command::Snapshot(args) => snapshot::snapshot(&args),
+        Command::Rollback(args) => rollback::rollback(&args),
         Command::Branch(args) => branch::branch(&args),
         Command::Explore(args) => explore::explore(&args),
         Command::Pool(args) => pool::pool(&args),

@@ -113,7 +113,8 @@ impl Boot<'_> {
         }
     }
 
-    fn restored_agent(
+    /// The agent of a guest that goes on from `state`, once that has become its own, under its `name` where it is to have one.
+    pub fn restored_agent(
         &self,
         ready: UnixListener,
         state: Option<&AgentState>,

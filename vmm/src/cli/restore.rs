@@ -1,6 +1,7 @@
 //! `vmm restore`: a sandbox that goes on where a snapshot was taken.
 
 use std::fs::File;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
@@ -141,7 +142,7 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
     };
     let launch = Launch {
         spec,
-        source: Source::Saved(Box::new(saved)),
+        source: Source::Saved(Arc::new(saved)),
         cached: false,
         branch: None,
         shell: None,

@@ -6,6 +6,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -106,7 +107,7 @@ fn be(args: &ShellArgs, parent: &Parent) -> Result<u8, CliError> {
             timeout: handover.timeout_ms.map(Duration::from_millis),
             ..VmSpec::of_saved(&saved)
         },
-        source: Source::Saved(Box::new(saved)),
+        source: Source::Saved(Arc::new(saved)),
         cached: false,
         branch: handover.branch,
         shell: made.map(|(_, shell)| shell),

@@ -109,7 +109,8 @@ impl Control {
             let message = "its guest may write to a drive, and children cannot share that yet: save the sandbox (vmm snapshot), and restore it as often as you want children";
             return Err(ErrorBody::new(ErrorCode::Conflict, message));
         }
-        let origin = self.snapshots.origin.as_deref();
+        let past = self.snapshots.past();
+        let origin = past.origin();
         if origin.is_some_and(|origin| origin.layers().len() >= DEPTH_MAX) {
             let message = format!(
                 "the sandbox's memory rests on {DEPTH_MAX} layers already: save it (vmm snapshot --full) and restore that"
@@ -125,7 +126,7 @@ impl Control {
             machine: self.snapshots.machine.clone(),
             programs: programs(&self.record),
             warm: self.record.warm.clone(),
-            base: self.snapshots.base.as_ref().map(Base::place),
+            base: past.base.as_ref().map(Base::place),
             files: 0,
             since,
         };

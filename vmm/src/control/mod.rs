@@ -8,6 +8,7 @@ pub mod client;
 pub mod exec;
 mod explore;
 pub mod http;
+pub mod rollback;
 pub mod routes;
 pub mod server;
 pub mod snapshot;

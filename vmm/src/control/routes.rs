@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::http::{Chunks, Request};
+use super::rollback::Reception;
 use super::snapshot::Snapshots;
 use super::types::{ErrorBody, ErrorCode, SandboxView, State, StopRequest, StopView};
 use crate::agent::{AGENT_PORT, Agent, ShutdownMode};
@@ -37,8 +38,9 @@ pub struct Control {
     start: Instant,
     /// It ends where the machine does.
     machine: Weak<Machine>,
-    exit: ExitLatch,
+    pub(super) exit: ExitLatch,
     agent: Mutex<Option<Agent>>,
+    pub(super) reception: Box<dyn Reception>,
     pub(super) snapshots: Snapshots,
     pub(super) reaper: Reaper,
     stopping: AtomicBool,
@@ -55,12 +57,13 @@ pub enum Reply {
 type Handler = fn(&Control, &Request, &mut UnixStream) -> Result<Reply, ErrorBody>;
 
 /// Methods and paths.
-const ROUTES: [(&str, &str, Handler); 10] = [
+const ROUTES: [(&str, &str, Handler); 11] = [
     ("GET", "/v1/sandbox", sandbox),
     ("POST", "/v1/pause", pause),
     ("POST", "/v1/resume", resume),
     ("POST", "/v1/stop", stop),
     ("POST", "/v1/snapshot", snapshot),
+    ("POST", "/v1/rollback", rollback),
     ("POST", "/v1/branch", branch),
     ("POST", "/v1/explore", explore),
     ("POST", "/v1/exec", exec),
@@ -116,6 +119,7 @@ impl Control {
         start: Instant,
         machine: &Arc<Machine>,
         agent: Agent,
+        reception: Box<dyn Reception>,
         snapshots: Snapshots,
     ) -> Self {
         Self {
@@ -125,6 +129,7 @@ impl Control {
             exit: machine.exit().clone(),
             machine: Arc::downgrade(machine),
             agent: Mutex::new(Some(agent)),
+            reception,
             snapshots,
             reaper: Reaper::default(),
             stopping: AtomicBool::new(false),
@@ -138,8 +143,11 @@ impl Control {
 
     /// The connection that serves for its end alone, until that was asked for.
     pub(super) fn agent(&self) -> Option<Agent> {
-        let agent = self.agent.lock().unwrap_or_else(PoisonError::into_inner);
-        agent.clone()
+        self.lock_agent().clone()
+    }
+
+    pub(super) fn lock_agent(&self) -> MutexGuard<'_, Option<Agent>> {
+        self.agent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A stop was asked for: an end that the guest makes itself is what was wanted.
@@ -167,11 +175,7 @@ impl Control {
 
     /// What fails here ends in force.
     fn ask_to_end(&self, deadline: Instant, patience: Duration) {
-        let kept = self
-            .agent
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let kept = self.lock_agent().take();
         let ask = |agent: &mut Agent| {
             agent.set_deadline(Some(deadline));
             agent.shutdown(ShutdownMode::PowerOff, patience / 2)
@@ -289,6 +293,11 @@ fn snapshot(
             .snapshots
             .take(&machine, agent.as_ref(), &control.record, request, stream)?;
     json(&taken)
+}
+
+fn rollback(control: &Control, request: &Request, _: &mut UnixStream) -> Result<Reply, ErrorBody> {
+    refuse_while_stopping(control)?;
+    json(&control.rollback(&body(request)?)?)
 }
 
 fn branch(

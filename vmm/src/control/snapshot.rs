@@ -1,7 +1,7 @@
 //! `POST /v1/snapshot`: saves the sandbox while it runs on.
 
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use snapshot_fmt::chain::Chain;
 use snapshot_fmt::manifest::{Machine as Description, Programs};
@@ -15,7 +15,7 @@ use crate::sandbox::record::Record;
 use crate::snapshot::SnapshotError;
 use crate::snapshot::chains::Chains;
 use crate::snapshot::memory_layer::Lineage;
-use crate::snapshot::restore::Base;
+use crate::snapshot::restore::{Base, Saved};
 use crate::snapshot::save::{Order, Taken, take};
 use crate::store::{Store, StoreError};
 use crate::timings::micros;
@@ -27,31 +27,61 @@ struct Parent {
     covered: usize,
 }
 
+impl Parent {
+    fn of(past: &Past) -> Option<Self> {
+        past.base.clone().map(|snapshot| Self {
+            covered: snapshot.chains.memory.layers().len(),
+            snapshot,
+        })
+    }
+}
+
+/// What a sandbox goes back to.
+pub struct Past {
+    /// What its machine began with, if that was saved.
+    pub began: Option<Arc<Saved>>,
+    /// The snapshot that this begins with, if it is one of the user's.
+    pub base: Option<Base>,
+}
+
+impl Past {
+    /// What its memory began with.
+    pub fn origin(&self) -> Option<&Chain> {
+        self.began.as_ref().map(|saved| &*saved.chains.memory)
+    }
+}
+
 /// A sandbox's snapshots: one at a time.
 pub struct Snapshots {
     /// What the machine is, and its disks were when it was made.
     pub machine: Description,
-    /// What its memory began with.
-    pub origin: Option<Arc<Chain>>,
-    /// The snapshot that this begins with.
-    pub base: Option<Base>,
+    past: RwLock<Past>,
+    /// What the next snapshot is a difference to. Locked after the past.
     parent: Mutex<Option<Parent>>,
 }
 
 impl Snapshots {
-    /// For a `machine` whose memory began with `origin`. That begins with the snapshot `base`, if that is one of the user's, and
-    /// the first snapshot of the machine is a difference to it.
-    pub fn new(machine: Description, origin: Option<Arc<Chain>>, base: Option<Base>) -> Self {
-        let parent = base.clone().map(|snapshot| Parent {
-            covered: snapshot.chains.memory.layers().len(),
-            snapshot,
-        });
+    /// For a `machine`. Where its past begins with a snapshot of the user's, its first snapshot is a difference to that.
+    pub fn new(machine: Description, past: Past) -> Self {
         Self {
             machine,
-            origin,
-            base,
-            parent: Mutex::new(parent),
+            parent: Mutex::new(Parent::of(&past)),
+            past: RwLock::new(past),
         }
+    }
+
+    /// What the sandbox goes back to. It stays so meanwhile.
+    pub fn past(&self) -> RwLockReadGuard<'_, Past> {
+        self.past.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has `change` take the machine back to another past, while nobody saves or branches it.
+    pub fn change_past<E>(&self, change: impl FnOnce(&mut Past) -> Result<(), E>) -> Result<(), E> {
+        let mut past = self.past.write().unwrap_or_else(PoisonError::into_inner);
+        let mut parent = self.parent.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut past)?;
+        *parent = Parent::of(&past);
+        Ok(())
     }
 
     /// Takes one for `client`, and gives it up where that has gone away. Others wait.
@@ -76,6 +106,7 @@ impl Snapshots {
         client: &UnixStream,
     ) -> Result<SnapshotView, SnapshotError> {
         let store = Store::of_user()?;
+        let past = self.past();
         let mut parent = self.parent.lock().unwrap_or_else(PoisonError::into_inner);
         let base = parent.as_ref().filter(|_| !request.full);
         let order = Order {
@@ -86,7 +117,7 @@ impl Snapshots {
             warm: record.warm.as_ref().map(Into::into),
             name: request.name,
             lineage: Lineage {
-                origin: self.origin.as_deref(),
+                origin: past.origin(),
                 parent: base.map(|parent| &*parent.snapshot.chains.memory),
                 covered: base.map_or(0, |parent| parent.covered),
             },
@@ -143,7 +174,12 @@ pub fn programs(record: &Record) -> Programs {
 
 pub(super) fn code(error: &SnapshotError) -> ErrorCode {
     match error {
-        SnapshotError::Store(StoreError::BadName { .. }) => ErrorCode::BadBody,
+        SnapshotError::Store(
+            StoreError::BadName { .. }
+            | StoreError::Unknown { .. }
+            | StoreError::Ambiguous { .. }
+            | StoreError::Gone { .. },
+        ) => ErrorCode::BadBody,
         _ => ErrorCode::Internal,
     }
 }

@@ -115,6 +115,26 @@ pub struct SnapshotView {
     pub total_us: u64,
 }
 
+/// Where to go back to.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RollbackRequest {
+    /// A snapshot: its name, or the beginning of its id. Without it, what the sandbox began with: a snapshot, or the moment at which it branched off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+}
+
+/// A sandbox that was taken back.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RollbackView {
+    /// Pages of memory, of 4096 bytes, that were put back.
+    pub pages: u64,
+    /// How long it stood still, in microseconds.
+    pub pause_us: u64,
+    /// Until its agent had answered.
+    pub total_us: u64,
+}
+
 /// What children to make.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -1,16 +1,20 @@
-//! The devices of a machine, as those see them who save it.
+//! The devices of a machine, as those see them who save it and take it back.
 //!
 //! The order is that in which they were built: a restored machine has the same devices at the same addresses, each made
 //! from its own state.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use snapshot_fmt::state::machine::DeviceStates;
+use snapshot_fmt::state::virtio::VirtioDeviceState;
+use thiserror::Error;
 
-use super::serial::SerialPort;
-use super::virtio::blk::Disk;
-use super::virtio::mmio::MmioTransport;
+use super::serial::{SerialError, SerialPort};
+use super::virtio::blk::{BlockError, Disk};
+use super::virtio::mmio::{MmioTransport, TransportError};
+use super::virtio::vsock::{Vsock, VsockError};
 
 /// The disks that the guest may write to, by the numbers of their drives.
 pub type Disks = BTreeMap<usize, Arc<Disk>>;
@@ -21,8 +25,35 @@ pub struct LiveDevices {
     pub serial: Arc<Mutex<SerialPort>>,
     /// The transports with their devices, by ascending address.
     pub virtio: Vec<Arc<Mutex<MmioTransport>>>,
+    /// The one among them that has connections, if there is one.
+    pub vsock: Option<Arc<Mutex<Vsock>>>,
     /// What is behind the disks among them, where it can change.
     pub disks: Disks,
+}
+
+/// Why devices could not be taken back.
+#[derive(Debug, Error)]
+pub enum RewindDevicesError {
+    /// They are others.
+    #[error("{saved} virtio devices were saved, and there are {here}")]
+    Count {
+        /// How many were saved.
+        saved: usize,
+        /// How many there are.
+        here: usize,
+    },
+    /// The serial port.
+    #[error(transparent)]
+    Serial(#[from] SerialError),
+    /// A virtio transport.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The sockets.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] BlockError),
 }
 
 impl LiveDevices {
@@ -38,8 +69,33 @@ impl LiveDevices {
                 .collect(),
         }
     }
+
+    /// Makes them what they were when they were [saved](Self::save), under the same conditions. Clients lose their connections; returns the host's end of the
+    /// one that the guest's agent had, if that goes on. Where it fails, they are neither what they were nor what they are to be.
+    pub fn rewind(&self, states: &DeviceStates) -> Result<Option<UnixStream>, RewindDevicesError> {
+        let (saved, here) = (states.virtio.len(), self.virtio.len());
+        if saved != here {
+            return Err(RewindDevicesError::Count { saved, here });
+        }
+        for transport in &self.virtio {
+            lock(transport).stop();
+        }
+        let mut agent_link = None;
+        if let Some(vsock) = &self.vsock {
+            for state in &states.virtio {
+                if let VirtioDeviceState::Vsock(state) = &state.device {
+                    agent_link = lock(vsock).load(state)?;
+                }
+            }
+        }
+        for (transport, state) in self.virtio.iter().zip(&states.virtio) {
+            lock(transport).load(&state.transport)?;
+        }
+        lock(&self.serial).rewind(&states.serial)?;
+        Ok(agent_link)
+    }
 }
 
-fn lock<T>(device: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -128,33 +128,23 @@ impl SerialPort {
         stream: Option<Box<dyn Write + Send>>,
         state: &SerialState,
     ) -> Result<Self, SerialError> {
-        let received = state.received.len();
-        let state = serial::SerialState {
-            baud_divisor_low: state.baud_divisor_low,
-            baud_divisor_high: state.baud_divisor_high,
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
-            scratch: state.scratch,
-            in_buffer: state.received.clone(),
-        };
-        let output = Output { tail, stream };
-        let port =
-            Serial::from_state(&state, Line(line), NoEvents, output).map_err(
-                |error| match error {
-                    serial::Error::FullFifo => SerialError::Received { received },
-                    serial::Error::Trigger(error) | serial::Error::IOError(error) => {
-                        SerialError::Interrupt(error)
-                    }
-                },
-            )?;
+        let port = load(Line(line), Output { tail, stream }, state)?;
         Ok(Self {
             port,
             warned: false,
         })
+    }
+
+    /// Takes the port back to what [`SerialPort::save`] gave. What it prints goes where it went.
+    pub fn rewind(&mut self, state: &SerialState) -> Result<(), SerialError> {
+        let line = Line(Arc::clone(&self.port.interrupt_evt().0));
+        let output = self.port.writer_mut();
+        let output = Output {
+            tail: output.tail.clone(),
+            stream: output.stream.take(),
+        };
+        self.port = load(line, output, state)?;
+        Ok(())
     }
 
     /// Whether it has said that its line fails.
@@ -162,6 +152,33 @@ impl SerialPort {
     pub(super) fn has_warned(&self) -> bool {
         self.warned
     }
+}
+
+/// A port as it was saved. An interrupt that the driver has not seen to is raised.
+fn load(
+    line: Line,
+    output: Output,
+    state: &SerialState,
+) -> Result<Serial<Line, NoEvents, Output>, SerialError> {
+    let received = state.received.len();
+    let state = serial::SerialState {
+        baud_divisor_low: state.baud_divisor_low,
+        baud_divisor_high: state.baud_divisor_high,
+        interrupt_enable: state.interrupt_enable,
+        interrupt_identification: state.interrupt_identification,
+        line_control: state.line_control,
+        line_status: state.line_status,
+        modem_control: state.modem_control,
+        modem_status: state.modem_status,
+        scratch: state.scratch,
+        in_buffer: state.received.clone(),
+    };
+    Serial::from_state(&state, line, NoEvents, output).map_err(|error| match error {
+        serial::Error::FullFifo => SerialError::Received { received },
+        serial::Error::Trigger(error) | serial::Error::IOError(error) => {
+            SerialError::Interrupt(error)
+        }
+    })
 }
 
 impl BusDevice for SerialPort {

@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+pub mod decoy;
 mod kick;
 pub mod platform;
 

@@ -1,11 +1,15 @@
 //! Memory by mapping: each run of pages is laid over guest memory, privately, straight from its layer's file.
 
+use std::io;
+
+use snapshot_fmt::PAGE_SIZE;
 use snapshot_fmt::chain::{Chain, Source};
 use snapshot_fmt::layer::offset_of_stored;
 
 use super::PagerError;
 use crate::memory::{self, GuestMemory};
-use crate::sys::overlay::lay_over;
+use crate::pagemap::Pagemap;
+use crate::sys::overlay::{drop_copies as drop_copies_of, lay_over};
 
 /// Lays the runs of `chain` over `memory`.
 pub fn map(chain: &Chain, memory: &GuestMemory) -> Result<(), PagerError> {
@@ -28,4 +32,23 @@ pub fn map(chain: &Chain, memory: &GuestMemory) -> Result<(), PagerError> {
         }
     }
     Ok(())
+}
+
+/// Takes back what was written to `memory` since it was mapped. Returns how many pages that were.
+pub fn drop_copies(memory: &GuestMemory) -> io::Result<u64> {
+    let pagemap = Pagemap::open()?;
+    let mut dropped = 0;
+    for (_, slice) in memory::pages(memory, 0, u64::MAX) {
+        let address = slice.ptr_guard().as_ptr() as u64;
+        for run in pagemap.runs(address, slice.len() / PAGE_SIZE) {
+            let (run, copied) = run?;
+            if copied {
+                let bytes = run.len() * PAGE_SIZE;
+                let part = slice.subslice(run.start * PAGE_SIZE, bytes);
+                drop_copies_of(&part.map_err(io::Error::other)?)?;
+                dropped += run.len() as u64;
+            }
+        }
+    }
+    Ok(dropped)
 }

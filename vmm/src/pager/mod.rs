@@ -85,6 +85,14 @@ pub enum PagerError {
     /// No eventfd, or no thread.
     #[error("cannot start the pager: {0}")]
     Start(io::Error),
+    /// Memory that is brought by faults is not taken back.
+    #[error(
+        "its memory is brought by faults, and cannot be taken back in place: restore it with --pages map, or anew"
+    )]
+    RewindFaults,
+    /// Memory cannot be taken back.
+    #[error("cannot put its pages back: {0}")]
+    Rewind(io::Error),
     /// A page that the machine was to be made with cannot be had.
     #[error(transparent)]
     Page(#[from] PageError),
@@ -172,6 +180,20 @@ impl Pager {
             Way::Faults(pager) => pager.server.guest_starts(),
         };
         Ok(started?)
+    }
+
+    /// Whether memory can be taken back to what it was at first.
+    pub fn can_rewind(&self) -> Result<(), PagerError> {
+        match &self.way {
+            Way::Mapped(_) => Ok(()),
+            Way::Faults(_) => Err(PagerError::RewindFaults),
+        }
+    }
+
+    /// Makes `memory`, which is the one that it serves, what it was at first. Nobody touches that meanwhile. Returns how many pages had been written to.
+    pub fn rewind(&self, memory: &GuestMemory) -> Result<u64, PagerError> {
+        self.can_rewind()?;
+        map::drop_copies(memory).map_err(PagerError::Rewind)
     }
 
     /// The layers that memory comes from.

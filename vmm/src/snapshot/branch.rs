@@ -117,7 +117,7 @@ impl Begun {
         let chain =
             Chain::new(layers).map_err(|error| SnapshotError::Memory(io::Error::other(error)))?;
         Ok(Saved {
-            state,
+            state: Arc::new(state),
             chains: Chains {
                 memory: Arc::new(chain),
                 disks: BTreeMap::new(),

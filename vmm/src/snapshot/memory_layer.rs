@@ -10,32 +10,26 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use snapshot_fmt::PAGE_SIZE;
 use snapshot_fmt::chain::{Chain, Source};
 use snapshot_fmt::delta::DeltaWriter;
 use snapshot_fmt::error::WriteError;
 use snapshot_fmt::layer::LayerSummary;
-use snapshot_fmt::{PAGE_BYTES, PAGE_SIZE};
 
 use crate::memory::{self, GuestMemory};
+use crate::pagemap::Pagemap;
 use crate::sys::fork::{Child, Frozen, pipe};
 
-/// Bits of an entry of pagemap (Linux, Documentation/admin-guide/mm/pagemap.rst): present, swapped out, of a file.
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
-const OF_FILE: u64 = 1 << 61;
 /// How often to ask whether the layer is still wanted.
 const GIVEN_UP_PAUSE: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 100_000_000,
 };
-/// Pages whose entries are read at once: 64 KiB of entries, 32 MiB of memory.
-const PAGES_PER_READ: usize = 8192;
 
 /// What a machine's memory goes back to.
 #[derive(Debug, Clone, Copy, Default)]
@@ -149,33 +143,24 @@ fn write(
     lineage: Lineage<'_>,
 ) -> Result<LayerSummary, String> {
     let total = memory::total_pages(memory);
-    let pagemap = File::open("/proc/self/pagemap")
-        .map_err(|error| format!("cannot read /proc/self/pagemap: {error}"))?;
+    let pagemap = Pagemap::open().map_err(|error| error.to_string())?;
     let mut layer =
         DeltaWriter::new(file, path, total, lineage.parent).map_err(|error| error.to_string())?;
     for (first_page, slice) in memory::pages(memory, 0, total) {
         let bytes = frozen.bytes(&slice);
         let address = bytes.as_ptr() as u64;
         let pages = bytes.len() / PAGE_SIZE;
-        for from in (0..pages).step_by(PAGES_PER_READ) {
-            let entries =
-                pagemap_entries(&pagemap, address, from, pages.min(from + PAGES_PER_READ))
-                    .map_err(|error| format!("cannot read /proc/self/pagemap: {error}"))?;
-            // Runs of private pages and of others, in turn.
-            let mut page = from;
-            for run in entries.chunk_by(|a, b| is_private(*a) == is_private(*b)) {
-                let end = page + run.len();
-                let first = first_page + page as u64;
-                let written = if is_private(run[0]) {
-                    layer.put(first, &bytes[page * PAGE_SIZE..end * PAGE_SIZE])
-                } else if let Some(origin) = lineage.untouched() {
-                    copy(origin, lineage.covered, first, run.len() as u64, &mut layer)
-                } else {
-                    Ok(())
-                };
-                written.map_err(|error| error.to_string())?;
-                page = end;
-            }
+        for run in pagemap.runs(address, pages) {
+            let (run, copied) = run.map_err(|error| error.to_string())?;
+            let first = first_page + run.start as u64;
+            let written = if copied {
+                layer.put(first, &bytes[run.start * PAGE_SIZE..run.end * PAGE_SIZE])
+            } else if let Some(origin) = lineage.untouched() {
+                copy(origin, lineage.covered, first, run.len() as u64, &mut layer)
+            } else {
+                Ok(())
+            };
+            written.map_err(|error| error.to_string())?;
         }
     }
     let (summary, file) = layer.finish().map_err(|error| error.to_string())?;
@@ -210,22 +195,6 @@ fn copy(
         }
     }
     Ok(())
-}
-
-/// Whether an entry of pagemap is that of a page of our own: neither absent nor a file's. One of zeros counts too.
-fn is_private(entry: u64) -> bool {
-    entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0
-}
-
-/// The entries of the pages `from` to before `to`, counted from the one at `address`.
-fn pagemap_entries(pagemap: &File, address: u64, from: usize, to: usize) -> io::Result<Vec<u64>> {
-    let mut bytes = vec![0; (to - from) * size_of::<u64>()];
-    let first = address / PAGE_BYTES + from as u64;
-    pagemap.read_exact_at(&mut bytes, first * size_of::<u64>() as u64)?;
-    let entries = bytes.chunks_exact(size_of::<u64>());
-    Ok(entries
-        .filter_map(|entry| entry.first_chunk().copied().map(u64::from_ne_bytes))
-        .collect())
 }
 
 #[cfg(test)]

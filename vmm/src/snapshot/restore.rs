@@ -20,7 +20,7 @@ use crate::store::{Held, Store};
 /// A machine to go on with: a snapshot that was found whole and fit for this host, which nobody can remove meanwhile, or a running parent's moment.
 pub struct Saved {
     /// All but memory and disks.
-    pub state: MachineState,
+    pub state: Arc<MachineState>,
     /// Memory and disks.
     pub chains: Chains,
     /// How memory's pages come.
@@ -72,7 +72,7 @@ impl Saved {
         let snapshot = base.held.snapshot();
         description::check_cpu(&snapshot.manifest().cpu, &description::cpu())?;
         Ok(Self {
-            state: snapshot.state()?,
+            state: Arc::new(snapshot.state()?),
             chains: base.chains.clone(),
             mode,
             machine: snapshot.manifest().machine.clone(),

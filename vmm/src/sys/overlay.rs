@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
@@ -32,6 +32,24 @@ pub fn lay_over<B: BitmapSlice>(
             offset,
         )?
     };
+    Ok(())
+}
+
+/// Has `slice`, whole pages, be what is mapped there, without what was written to it since: the file's pages, or zeros.
+pub fn drop_copies<B: BitmapSlice>(slice: &VolatileSlice<B>) -> io::Result<()> {
+    let guard = slice.ptr_guard_mut();
+    // SAFETY: the pages are those of a volatile slice, to which no Rust reference exists; they stay mapped.
+    unsafe { madvise(guard.as_ptr().cast(), guard.len(), Advice::LinuxDontNeed)? };
+    Ok(())
+}
+
+/// Lays zeros over `slice`, whole pages. What it held is gone, files and all.
+pub fn lay_zeros_over<B: BitmapSlice>(slice: &VolatileSlice<B>) -> io::Result<()> {
+    let guard = slice.ptr_guard_mut();
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    // SAFETY: as in `lay_over`.
+    unsafe { mmap_anonymous(guard.as_ptr().cast(), guard.len(), access, flags)? };
     Ok(())
 }
 
@@ -60,5 +78,22 @@ mod tests {
         let mut in_file = [0];
         file.read_exact_at(&mut in_file, 0x1000).unwrap();
         assert_eq!((byte(0x1000), in_file), (9, [7]));
+    }
+
+    #[test]
+    fn what_was_written_can_be_taken_back() {
+        let memory = crate::memory::create(&[(0, 0x2000)]).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 0x1000], 0).unwrap();
+        let all = memory.get_slice(GuestAddress(0), 0x2000).unwrap();
+        lay_over(&all.subslice(0, 0x1000).unwrap(), &file, 0).unwrap();
+        let bytes = || [0, 0x1000].map(|at| memory.read_obj::<u8>(GuestAddress(at)).unwrap());
+        memory.write_slice(&[1; 0x2000], GuestAddress(0)).unwrap();
+        assert_eq!(bytes(), [1, 1]);
+        drop_copies(&all).unwrap();
+        assert_eq!(bytes(), [7, 0]);
+        memory.write_slice(&[1; 0x2000], GuestAddress(0)).unwrap();
+        lay_zeros_over(&all).unwrap();
+        assert_eq!(bytes(), [0, 0]);
     }
 }

@@ -133,6 +133,11 @@ pub fn restore(
         vcpu.set_tsc_khz(state.tsc_khz)
             .map_err(call_failed("KVM_SET_TSC_KHZ"))?;
     }
+    load(vcpu, state)
+}
+
+/// Gives a processor that shows the guest the saved CPUID the rest of the saved state, all but its model-specific registers.
+fn load(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
     let mp_state = state.mp_state;
     vcpu.set_mp_state(kvm_mp_state { mp_state })
         .map_err(call_failed("KVM_SET_MP_STATE"))?;
@@ -150,6 +155,12 @@ pub fn restore(
     vcpu.set_vcpu_events(&structure("kvm_vcpu_events", &state.events)?)
         .map_err(call_failed("KVM_SET_VCPU_EVENTS"))?;
     Ok(())
+}
+
+/// Takes a processor that has run back to the saved state, which is of the same machine.
+pub fn rewind(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
+    load(vcpu, state)?;
+    restore_msrs(vcpu, state)
 }
 
 fn saved_entry(entry: &kvm_cpuid_entry2) -> CpuidEntry {

@@ -42,6 +42,9 @@ pub const VIRTIO_GSI_START: u32 = 5;
 /// Last GSI of the IOAPIC.
 pub const GSI_MAX: u32 = 23;
 
+/// Two pages, in one of which there may be memory that nobody uses (`kvm/decoy.rs`).
+pub const DECOY_START: u64 = 0xe000_0000;
+
 /// IOAPIC, as KVM's in-kernel model has it.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// Local APIC.

@@ -145,11 +145,17 @@ impl MmioTransport {
         state: &VirtioMmioState,
     ) -> Result<Self, TransportError> {
         let mut this = Self::new(memory, irq, device);
-        let name = || lock(&this.device).name();
-        if state.device_type != this.device_type {
+        this.load(state)?;
+        Ok(this)
+    }
+
+    /// Goes on from what [`MmioTransport::save`] left, after [`MmioTransport::stop`] or as new. Its device is what it was then.
+    pub fn load(&mut self, state: &VirtioMmioState) -> Result<(), TransportError> {
+        let name = || lock(&self.device).name();
+        if state.device_type != self.device_type {
             return Err(TransportError::DeviceType {
                 name: name(),
-                device: this.device_type,
+                device: self.device_type,
                 saved: state.device_type,
             });
         }
@@ -161,39 +167,39 @@ impl MmioTransport {
                 status: state.status,
             });
         }
-        let missing = state.driver_features & !this.device_features;
+        let missing = state.driver_features & !self.device_features;
         if missing != 0 && state.status & status::FEATURES_OK != 0 {
             return Err(TransportError::Features {
                 name: name(),
                 missing,
             });
         }
-        if state.queues.len() != this.max_sizes.len() {
+        if state.queues.len() != self.max_sizes.len() {
             return Err(TransportError::QueueCount {
                 name: name(),
-                device: this.max_sizes.len(),
+                device: self.max_sizes.len(),
                 saved: state.queues.len(),
             });
         }
-        this.device_features_sel = state.device_features_sel;
-        this.driver_features_sel = state.driver_features_sel;
-        this.driver_features = state.driver_features;
-        this.queue_sel = state.queue_sel;
-        this.queues.clone_from(&state.queues);
-        this.signal.load(
+        self.device_features_sel = state.device_features_sel;
+        self.driver_features_sel = state.driver_features_sel;
+        self.driver_features = state.driver_features;
+        self.queue_sel = state.queue_sel;
+        self.queues.clone_from(&state.queues);
+        self.signal.load(
             state.status,
             state.interrupt_status & (INTERRUPT_USED_BUFFER | INTERRUPT_CONFIG),
             state.config_generation,
         );
         let stopped = status::DEVICE_NEEDS_RESET | status::FAILED;
         if state.status & status::DRIVER_OK != 0 && state.status & stopped == 0 {
-            this.activate().map_err(|reason| TransportError::Queue {
-                name: lock(&this.device).name(),
+            self.activate().map_err(|reason| TransportError::Queue {
+                name: lock(&self.device).name(),
                 reason,
             })?;
         }
-        this.signal.resend();
-        Ok(this)
+        self.signal.resend();
+        Ok(())
     }
 
     /// The registers and queues as they are. The device must be quiet: its vCPUs and the event loop
@@ -464,8 +470,8 @@ impl MmioTransport {
         Ok(())
     }
 
-    /// Takes the queues from the device.
-    fn stop(&mut self) {
+    /// Takes the queues from the device, which forgets what the driver had set up.
+    pub fn stop(&mut self) {
         if self.active {
             lock(&self.device).reset();
             self.active = false;

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 
 use snapshot_fmt::state::virtio::VsockState;
 
-use super::muxer::{BUFFER_SIZE, FIRST_HOST_PORT, MAX_ENDED};
+use super::muxer::{BUFFER_SIZE, MAX_ENDED};
 use super::queue::Reset;
 use super::{Vsock, VsockConfig, VsockError};
 
@@ -40,13 +40,19 @@ impl Vsock {
         state: &VsockState,
     ) -> Result<(Self, Option<UnixStream>), VsockError> {
         let mut vsock = Self::new(config)?;
-        // A port that the guest has not just seen; a number out of range starts again.
-        vsock.muxer.next_host_port = state.next_host_port.max(FIRST_HOST_PORT);
-        let Some(kept) = state.kept.as_ref().filter(|_| state.cid == vsock.cid) else {
-            vsock.reset = Reset::Due;
-            return Ok((vsock, None));
+        let host = vsock.load(state)?;
+        Ok((vsock, host))
+    }
+
+    /// Goes on, from the reset state, as [`Self::restore`] says.
+    pub fn load(&mut self, state: &VsockState) -> Result<Option<UnixStream>, VsockError> {
+        // A port that the guest has not just seen, before the moment or after it; a number out of range starts again.
+        self.muxer.next_host_port = self.muxer.next_host_port.max(state.next_host_port);
+        let Some(kept) = state.kept.as_ref().filter(|_| state.cid == self.cid) else {
+            self.reset = Reset::Due;
+            return Ok(None);
         };
-        let wrong = if kept.ports.host != vsock.kept_port {
+        let wrong = if kept.ports.host != self.kept_port {
             Some("the connection that it keeps is not the guest agent's")
         } else if kept.buf_alloc > BUFFER_SIZE {
             Some("its connection has more room than a connection can have")
@@ -60,8 +66,7 @@ impl Vsock {
         if let Some(wrong) = wrong {
             return Err(VsockError::Saved(wrong));
         }
-        let host = vsock.muxer.restore(kept, &state.ended);
-        let host = host.map_err(VsockError::Stream)?;
-        Ok((vsock, Some(host)))
+        let host = self.muxer.restore(kept, &state.ended);
+        Ok(Some(host.map_err(VsockError::Stream)?))
     }
 }

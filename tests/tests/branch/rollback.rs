@@ -1,0 +1,115 @@
+//! `vmm rollback`.
+
+use std::collections::HashSet;
+
+use libtest_mimic::Failed;
+use tests::sandboxes::{Host, wait_for};
+
+use crate::children::{COUNT, IDENTITY, common, drawn};
+use crate::guest::{python, read, start, wait_for_growth, words, write};
+
+/// A child goes back to the moment at which it branched off, as often as it is told to, and lives on differently each time.
+pub fn again_and_again() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "one")?;
+    python(&host, "one", COUNT)?;
+    wait_for(|| Ok(words(&host, "one", "/tmp/count")?[0] > 2))?;
+    write(&host, "one", "/tmp/file", b"written before")?;
+    let before = drawn(&host, "one")?.len();
+    host.ok(&["branch", "one", "kid"])?;
+    let pid = host.pid("kid")?;
+    let here = host.path().join("waits").to_string_lossy().into_owned();
+    let mut lives: Vec<Vec<u64>> = Vec::new();
+    let mut seen = HashSet::new();
+    for life in 0..3 {
+        wait_for_growth(&host, "kid", "/tmp/count", 2)?;
+        let numbers = drawn(&host, "kid")?;
+        for other in &lives {
+            let parted = common(other, &numbers);
+            if parted < before || parted + 1 >= numbers.len() {
+                return Err(format!("life {life} parted at {parted}, not from {before} on").into());
+            }
+        }
+        lives.push(numbers);
+        let said = python(&host, "kid", IDENTITY)?;
+        let mut said = said.split_whitespace();
+        if said.next() != Some("kid") {
+            return Err("it has lost its name".into());
+        }
+        if let Some(twice) = said.find(|word| !seen.insert((*word).to_owned())) {
+            return Err(format!("life {life} says {twice} again").into());
+        }
+        write(&host, "kid", "/tmp/file", b"written late")?;
+        let waits = "touch /tmp/waits; sleep 1000";
+        let waits = host.vmm(&["exec", "kid", "--", "sh", "-c", waits]);
+        let client = std::thread::spawn(move || waits.run().map_err(|error| format!("{error:?}")));
+        wait_for(|| {
+            let found = host.run(&["cp", "kid:/tmp/waits", &here])?;
+            Ok(found.status == Some(0))
+        })?;
+        if life == 1 {
+            host.ok(&["pause", "kid"])?;
+        }
+        host.ok(&["rollback", "kid"])?;
+        let client = client.join().map_err(|_| "the client panicked")??;
+        client.expect_one_line()?;
+        if read(&host, "kid", "/tmp/file")? != b"written before" {
+            return Err("what was written late is still there".into());
+        }
+        host.run(&["cp", "kid:/tmp/waits", &here])?
+            .expect_status(2)?;
+    }
+    if host.pid("kid")? != pid {
+        return Err("it is another process".into());
+    }
+    // The parent has not noticed.
+    wait_for_growth(&host, "one", "/tmp/count", 1)
+}
+
+/// A sandbox goes back to any snapshot of a machine like it, and differences count from there.
+pub fn to_a_snapshot() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "one")?;
+    for number in 0..3 {
+        let word = format!("{number}");
+        write(&host, "one", "/tmp/file", word.as_bytes())?;
+        write(&host, "one", &format!("/tmp/{number}"), &[1; 100_000])?;
+        host.ok(&["snapshot", "one", &format!("s{number}")])?;
+    }
+    write(&host, "one", "/tmp/file", b"late")?;
+    for number in [1, 0, 2, 1] {
+        host.ok(&["rollback", "one", &format!("s{number}")])?;
+        let there = read(&host, "one", "/tmp/file")?;
+        if there != format!("{number}").as_bytes() {
+            return Err(format!("s{number} has {}", there.escape_ascii()).into());
+        }
+    }
+    write(&host, "one", "/tmp/own", b"own")?;
+    host.ok(&["snapshot", "one", "after"])?;
+    let parent = |name: &str| -> Result<_, Failed> {
+        let listed = host.ok(&["snap", "inspect", name])?.stdout;
+        let listed: serde_json::Value = serde_json::from_str(&listed)?;
+        Ok((listed["id"].clone(), listed["parent"].clone()))
+    };
+    if parent("after")?.1 != parent("s1")?.0 {
+        return Err("the next snapshot is not a difference to what was gone back to".into());
+    }
+    host.ok(&["snap", "verify", "--all"])?;
+    host.ok(&["restore", "after", "copy"])?;
+    host.ok(&["branch", "one", "kid"])?;
+    for name in ["one", "copy", "kid"] {
+        python(
+            &host,
+            name,
+            "assert open('/tmp/own').read() == 'own' and open('/tmp/file').read() == '1'
+assert os.path.exists('/tmp/1') and not os.path.exists('/tmp/2')",
+        )?;
+    }
+    // Without a name: to what it has gone back to.
+    host.ok(&["rollback", "one"])?;
+    python(&host, "one", "assert not os.path.exists('/tmp/own')")?;
+    let refused = host.run(&["rollback", "one", "nothing"])?;
+    refused.expect_status(2)?;
+    refused.expect_one_line()?;
+    read(&host, "one", "/tmp/1").map(drop)
+}

@@ -1,0 +1,204 @@
+//! Takes a machine back to a moment at which it, or one like it, was saved, in place: the same process, the same KVM objects, the same sockets.
+//!
+//! Everything stands still meanwhile. Memory goes back by dropping the copies that writing has made of its pages, where it began with that moment; otherwise the moment's pages are
+//! mapped anew. A machine that could not be taken all the way ends: it is neither what it was nor what it was to be.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant};
+
+use snapshot_fmt::state::machine::MachineState;
+use thiserror::Error;
+use vm_memory::GuestMemoryBackend;
+
+use super::{Machine, PAUSE_DEADLINE, PauseError};
+use crate::devices::live::RewindDevicesError;
+use crate::event_loop::QuiesceError;
+use crate::exit::ExitReason;
+use crate::kvm::{KvmError, decoy::Decoy, platform};
+use crate::memory;
+use crate::pager::{Pager, PagerError, Pages};
+use crate::sys::overlay::lay_zeros_over;
+use crate::vcpu::state::{self, VcpuStateError};
+
+/// Where a machine is to go back to.
+pub struct Moment {
+    /// Processors and devices.
+    pub state: Arc<MachineState>,
+    /// Memory; none where it is what the machine's own began with.
+    pub pages: Option<Pages>,
+}
+
+/// How that went.
+#[derive(Debug, Clone, Copy)]
+pub struct Rewound {
+    /// How many pages had been written to, and are what they were. All that are had otherwise count as well.
+    pub pages: u64,
+    /// How long it stood still.
+    pub pause: Duration,
+}
+
+/// Why a machine was not taken back.
+#[derive(Debug, Error)]
+pub enum RewindError {
+    /// A processor did not stop.
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    /// The devices did not come to rest.
+    #[error(transparent)]
+    Quiesce(#[from] QuiesceError),
+    /// A processor's thread is gone.
+    #[error("vCPU {0} has ended: the sandbox ends")]
+    Ended(usize),
+    /// The moment is another machine's.
+    #[error("{saved} processors were saved, and there are {here}")]
+    Cpus {
+        /// How many were saved.
+        saved: usize,
+        /// How many there are.
+        here: usize,
+    },
+    /// Its memory began with zeros.
+    #[error("its memory began with nothing: only memory that was saved can be gone back to")]
+    NoOrigin,
+    /// Its memory is not of the kind.
+    #[error(transparent)]
+    Pager(PagerError),
+    /// It was begun and not finished.
+    #[error("cannot go back: {0}; the sandbox has ended")]
+    Broken(#[from] Failure),
+}
+
+/// What kept a machine from going all the way back.
+#[derive(Debug, Error)]
+pub enum Failure {
+    /// Memory.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
+    /// Memory, again.
+    #[error("memory: {0}")]
+    Memory(#[from] io::Error),
+    /// Devices.
+    #[error(transparent)]
+    Devices(#[from] RewindDevicesError),
+    /// What processors share.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A processor.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuStateError),
+    /// A processor's thread is gone.
+    #[error("vCPU {0} has ended")]
+    Ended(usize),
+}
+
+impl Machine {
+    /// Takes the machine back to `moment`, and has it run from there, whether it was paused or not. Its disks are left as they are.
+    pub fn rewind(&self, moment: Moment) -> Result<Rewound, RewindError> {
+        let (saved, here) = (moment.state.vcpus.len(), self.vcpus.len());
+        if saved != here {
+            return Err(RewindError::Cpus { saved, here });
+        }
+        match (&moment.pages, self.pager()) {
+            (None, None) => return Err(RewindError::NoOrigin),
+            (None, Some(pager)) => pager.can_rewind().map_err(RewindError::Pager)?,
+            (Some(_), _) => {}
+        }
+        let mut state = self.lock();
+        let start = Instant::now();
+        self.stop(&mut state)?;
+        let quiet = self.event_loop.pause(start + PAUSE_DEADLINE);
+        let ended = self.vcpus.iter().position(|vcpu| vcpu.has_ended());
+        let result = match (quiet, ended) {
+            (Err(error), _) => Err(error.into()),
+            (_, Some(id)) => Err(RewindError::Ended(id)),
+            _ => self.go_back(moment).map_err(RewindError::from),
+        };
+        if let Err(RewindError::Broken(failure)) = &result {
+            let why = format!("it cannot go back: {failure}");
+            self.exit.set(ExitReason::Monitor(why));
+        }
+        self.event_loop.resume();
+        self.run_on(&mut state);
+        Ok(Rewound {
+            pages: result?,
+            pause: start.elapsed(),
+        })
+    }
+
+    /// Everything stands still. Returns how many pages have changed.
+    fn go_back(&self, moment: Moment) -> Result<u64, Failure> {
+        let Moment { state, pages } = moment;
+        let mut pager = self.lock_pager();
+        let changed = match (pages, &*pager) {
+            (None, None) => 0,
+            (None, Some(pager)) => pager.rewind(&self.memory)?,
+            (Some(pages), _) => {
+                // What watches the pages that it brought has nothing to watch any more.
+                *pager = None;
+                *pager = Some(Arc::new(self.begin_again(pages)?));
+                memory::total_pages(&self.memory)
+            }
+        };
+        drop(pager);
+        if self.software {
+            self.forget_shadows()?;
+        }
+        self.load(&state)?;
+        Ok(changed)
+    }
+
+    /// Has memory be what `pages` are.
+    fn begin_again(&self, pages: Pages) -> Result<Pager, Failure> {
+        for (_, slice) in memory::pages(&self.memory, 0, u64::MAX) {
+            lay_zeros_over(&slice)?;
+        }
+        let pager = Pager::start(pages, &self.memory, &self.exit)?;
+        pager.guest_starts()?;
+        Ok(pager)
+    }
+
+    /// A KVM that shadows the guest's page tables takes its shadows for true as long as the guest itself writes to nothing that they were made of. Nobody tells it of
+    /// what is put back here.
+    fn forget_shadows(&self) -> Result<(), KvmError> {
+        let mut decoy = self.decoy.lock().unwrap_or_else(|error| error.into_inner());
+        match &mut *decoy {
+            Some(decoy) => decoy.forget_shadows(&self.vm),
+            None => {
+                let first = self.memory.num_regions() + self.files.len();
+                let slot = u32::try_from(first).unwrap_or(u32::MAX);
+                *decoy = Some(Decoy::new(&self.vm, slot)?);
+                decoy
+                    .as_mut()
+                    .map_or(Ok(()), |decoy| decoy.forget_shadows(&self.vm))
+            }
+        }
+    }
+
+    /// Processors and devices.
+    fn load(&self, state: &Arc<MachineState>) -> Result<(), Failure> {
+        platform::restore(&self.vm, &state.platform)?;
+        let answers: Vec<_> = self
+            .vcpus
+            .iter()
+            .enumerate()
+            .map(|(id, vcpu)| {
+                let (sender, answer) = sync_channel(1);
+                let state = Arc::clone(state);
+                vcpu.when_paused(move |vcpu| {
+                    let result = state.vcpus.get(id).map(|to| state::rewind(vcpu, to));
+                    // Nobody waits any more only where another has failed.
+                    let _ = sender.send(result.unwrap_or(Ok(())));
+                });
+                answer
+            })
+            .collect();
+        let link = self.devices.rewind(&state.devices)?;
+        *self.lock_agent_link() = link;
+        for (id, answer) in answers.into_iter().enumerate() {
+            answer.recv().map_err(|_| Failure::Ended(id))??;
+        }
+        Ok(platform::restore_clock(&self.vm, &state.platform)?)
+    }
+}
