@@ -37,6 +37,7 @@ fn main() -> ExitCode {
             Guest,
             rollback::to_a_snapshot,
         ),
+        test("differences_are_counted", Guest, rollback::differences),
         test("a_pool_gives_its_processes_away", Guest, pool::serves),
         test("the_first_success_is_kept", Guest, explore::first_success),
         test("the_best_score_is_kept", Guest, explore::score),

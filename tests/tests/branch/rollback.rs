@@ -1,4 +1,4 @@
-//! `vmm rollback`.
+//! `vmm rollback` and `vmm diff`.
 
 use std::collections::HashSet;
 
@@ -112,4 +112,36 @@ assert os.path.exists('/tmp/1') and not os.path.exists('/tmp/2')",
     refused.expect_status(2)?;
     refused.expect_one_line()?;
     read(&host, "one", "/tmp/1").map(drop)
+}
+
+/// Two sandboxes of one past differ where they were written to, and comparing them leaves nothing behind.
+pub fn differences() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "one")?;
+    host.ok(&["snapshot", "one", "base"])?;
+    host.ok(&["branch", "one", "kid"])?;
+    let differ = |a: &str, b: &str| -> Result<u64, Failed> {
+        let said = host.ok(&["diff", a, b, "--json"])?.stdout;
+        let regions: serde_json::Value = serde_json::from_str(&said)?;
+        let count = regions[0]["differ"].as_u64();
+        Ok(count.ok_or_else(|| format!("no regions: {said}"))?)
+    };
+    let before = differ("one", "kid")?;
+    write(&host, "kid", "/tmp/file", &[7; 4 << 20])?;
+    let after = differ("one", "kid")?;
+    // The file, and what writing it took.
+    if after < before + 1024 {
+        return Err(format!("{after} pages differ, {before} before a file of 1024").into());
+    }
+    if differ("base", "kid")? < 1024 || differ("base", "base")? != 0 {
+        return Err("snapshots are not compared".into());
+    }
+    let listed = host.ok(&["snap", "ls", "-q"])?.stdout;
+    if listed.lines().count() != 1 {
+        return Err(format!("left behind: {listed}").into());
+    }
+    let refused = host.run(&["diff", "one", "nobody"])?;
+    refused.expect_status(2)?;
+    refused.expect_one_line()?;
+    Ok(())
 }

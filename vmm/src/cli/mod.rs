@@ -9,6 +9,7 @@ mod cache;
 mod completions;
 mod cp;
 mod detached;
+mod diff;
 mod doctor;
 mod exec;
 mod explore;
@@ -84,6 +85,7 @@ enum Command {
     Restore(restore::RestoreArgs),
     Snapshot(snapshot::SnapshotArgs),
     Rollback(rollback::RollbackArgs),
+    Diff(diff::DiffArgs),
     Branch(branch::BranchArgs),
     Explore(explore::ExploreArgs),
     Pool(pool::PoolArgs),
@@ -286,6 +288,7 @@ pub fn main(start: Instant) -> ExitCode {
         Command::Restore(args) => restore::restore(&args, start),
         Command::Snapshot(args) => snapshot::snapshot(&args),
         Command::Rollback(args) => rollback::rollback(&args),
+        Command::Diff(args) => diff::diff(&args),
         Command::Branch(args) => branch::branch(&args),
         Command::Explore(args) => explore::explore(&args),
         Command::Pool(args) => pool::pool(&args),

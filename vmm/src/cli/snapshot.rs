@@ -8,7 +8,7 @@ use super::lifecycle::{failed, living};
 use super::{CliError, find_failed, print, print_json, print_timings};
 use crate::control::client::ask;
 use crate::control::types::{SnapshotRequest, SnapshotView};
-use crate::sandbox::list::find;
+use crate::sandbox::list::{Sandbox, find};
 
 /// How long a snapshot may take. Writing tens of GiB to a slow disk takes minutes.
 const PATIENCE: Duration = Duration::from_secs(3600);
@@ -38,14 +38,12 @@ pub struct SnapshotArgs {
 /// Carries out `vmm snapshot`.
 pub fn snapshot(args: &SnapshotArgs) -> Result<u8, CliError> {
     let sandbox = find(&args.sandbox).map_err(find_failed)?;
-    living(&sandbox)?;
     let request = SnapshotRequest {
         name: args.name.clone(),
         full: args.full,
+        aside: false,
     };
-    let socket = sandbox.paths.api_socket();
-    let view: SnapshotView = ask(&socket, "POST", "/v1/snapshot", &request, PATIENCE)
-        .map_err(|error| failed(&sandbox, &error))?;
+    let view = take(&sandbox, &request)?;
     if args.json {
         return print_json(&view);
     }
@@ -59,4 +57,11 @@ pub fn snapshot(args: &SnapshotArgs) -> Result<u8, CliError> {
         ]);
     }
     print((view.id + "\n").as_bytes())
+}
+
+/// Has a sandbox saved.
+pub fn take(sandbox: &Sandbox, request: &SnapshotRequest) -> Result<SnapshotView, CliError> {
+    living(sandbox)?;
+    let socket = sandbox.paths.api_socket();
+    ask(&socket, "POST", "/v1/snapshot", request, PATIENCE).map_err(|error| failed(sandbox, &error))
 }

@@ -133,6 +133,7 @@ impl Snapshots {
         } = take(order, &store)?;
         let manifest = held.snapshot().manifest().clone();
         match Chains::open(&store, held.snapshot()) {
+            _ if request.aside => {}
             Ok(chains) => {
                 disks.into_iter().for_each(Moment::keep);
                 *parent = Some(Parent {

@@ -206,8 +206,17 @@ struct Region {
 pub fn diff(store: &Store, args: &DiffArgs) -> Result<u8, CliError> {
     let a = store.hold(&args.a).map_err(failed)?;
     let b = store.hold(&args.b).map_err(failed)?;
-    let regions = compare(store, a.snapshot(), b.snapshot()).map_err(failed)?;
-    if args.json {
+    print_differences(store, [a.snapshot(), b.snapshot()], args.json)
+}
+
+/// Prints how two snapshots differ, as JSON or for people.
+pub fn print_differences(
+    store: &Store,
+    [a, b]: [&Snapshot; 2],
+    json: bool,
+) -> Result<u8, CliError> {
+    let regions = compare(store, a, b).map_err(failed)?;
+    if json {
         return print_json(&regions);
     }
     let mut text = format!(

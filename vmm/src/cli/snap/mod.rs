@@ -1,6 +1,6 @@
 //! `vmm snap`: the snapshots of this user, one file per group of subcommands.
 
-mod inspect;
+pub mod inspect;
 pub mod ls;
 mod make;
 pub mod remove;
@@ -49,7 +49,7 @@ pub fn snap(args: &SnapArgs) -> Result<u8, CliError> {
 }
 
 /// What the files say is bad input; what the system says is a failure.
-fn failed(error: impl Into<StoreError>) -> CliError {
+pub fn failed(error: impl Into<StoreError>) -> CliError {
     let error = error.into();
     if error.is_system() {
         CliError::Monitor(error.to_string())
