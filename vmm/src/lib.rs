@@ -24,6 +24,7 @@ pub mod kvm;
 pub mod logger;
 pub mod machine;
 pub mod memory;
+pub mod metrics;
 pub mod pagemap;
 pub mod pager;
 pub mod pool;

@@ -52,6 +52,19 @@ impl Timings {
         Some(then.saturating_sub(moment) / 1000)
     }
 
+    /// All that was done, and when, counted from the start.
+    pub fn all(&self) -> Vec<(&'static str, Duration)> {
+        let marks = self.marks.lock();
+        let mut marks = marks.unwrap_or_else(PoisonError::into_inner).clone();
+        marks.sort_by_key(|(_, at)| *at);
+        marks
+    }
+
+    /// How long ago the start was.
+    pub fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+
     /// When `name` was done, counted from the start.
     pub fn get(&self, name: &str) -> Option<Duration> {
         let marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -65,14 +78,8 @@ impl Timings {
 /// A line per point: its time from the start, and from the point before it, in milliseconds.
 impl fmt::Display for Timings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut marks = self
-            .marks
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        marks.sort_by_key(|(_, at)| *at);
         let mut before = Duration::ZERO;
-        for (name, at) in marks {
+        for (name, at) in self.all() {
             let (total, step) = (at.as_secs_f64() * 1e3, (at - before).as_secs_f64() * 1e3);
             writeln!(f, "{total:10.2} ms  +{step:.2}  {name}")?;
             before = at;

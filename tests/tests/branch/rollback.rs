@@ -62,6 +62,14 @@ pub fn again_and_again() -> Result<(), Failed> {
     if host.pid("kid")? != pid {
         return Err("it is another process".into());
     }
+    let metrics = host.ok(&["metrics", "kid"])?.stdout;
+    let rollbacks = metrics.lines().any(|line| {
+        line.starts_with("bough_operation_seconds_count")
+            && line.ends_with(r#"operation="rollback",phase="total"} 3"#)
+    });
+    if !rollbacks {
+        return Err(format!("three rollbacks are not among the metrics:\n{metrics}").into());
+    }
     // The parent has not noticed.
     wait_for_growth(&host, "one", "/tmp/count", 1)
 }

@@ -221,7 +221,7 @@ pub fn monitor(
     let control = Control::new(
         record.clone(),
         paths.clone(),
-        start,
+        Arc::clone(&timings),
         &machine,
         agent,
         Box::new(reception),

@@ -19,6 +19,7 @@ mod lifecycle;
 mod logs;
 mod ls;
 mod man;
+mod metrics;
 mod pool;
 mod program;
 mod ready;
@@ -92,6 +93,7 @@ enum Command {
     Exec(exec::ExecArgs),
     Cp(cp::CpArgs),
     Logs(logs::LogsArgs),
+    Metrics(metrics::MetricsArgs),
     Ls(ls::LsArgs),
     Inspect(inspect::InspectArgs),
     Pause(lifecycle::PauseArgs),
@@ -296,6 +298,7 @@ pub fn main(start: Instant) -> ExitCode {
         Command::Exec(args) => exec::exec(&args),
         Command::Cp(args) => cp::cp(&args),
         Command::Logs(args) => logs::logs(&args),
+        Command::Metrics(args) => metrics::metrics(&args),
         Command::Ls(args) => ls::ls(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Pause(args) => lifecycle::pause(&args),

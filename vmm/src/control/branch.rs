@@ -188,6 +188,15 @@ impl Control {
             written_us: micros(point.times.total),
             total_us: micros(start.elapsed()),
         };
+        let phases = [
+            ("state", view.state_us),
+            ("freeze", view.freeze_us),
+            ("pause", view.pause_us),
+            ("written", view.written_us),
+            ("total", view.total_us),
+        ];
+        self.metrics.took("branch", &phases);
+        self.metrics.add_children(children.len());
         Ok((children, view))
     }
 }

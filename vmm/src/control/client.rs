@@ -75,6 +75,13 @@ pub fn ask<T: DeserializeOwned>(
     Ok(serde_json::from_slice(&body)?)
 }
 
+/// Asks the sandbox at `socket` for text, and waits at most `patience`.
+pub fn ask_for_text(socket: &Path, path: &str, patience: Duration) -> Result<String, ClientError> {
+    let (mut stream, answer) = begin(socket, "GET", path, &(), patience)?;
+    let text = answer.body(&mut stream, ANSWER_MAX)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
 /// Asks the sandbox at `socket` for what comes in lines, and has `each` see them as they come. Waits for the first at most
 /// `patience`.
 pub fn ask_for_lines<T: DeserializeOwned, E: From<ClientError>>(

@@ -99,11 +99,14 @@ impl Control {
             Ok(())
         })?;
         let rewound = view.ok_or_else(|| internal("it was not taken back"))?;
-        Ok(RollbackView {
+        let view = RollbackView {
             pages: rewound.pages,
             pause_us: micros(rewound.pause),
             total_us: micros(start.elapsed()),
-        })
+        };
+        let phases = [("pause", view.pause_us), ("total", view.total_us)];
+        self.metrics.took("rollback", &phases);
+        Ok(view)
     }
 
     /// What to go back to, and the snapshot that differences are taken to then.

@@ -18,13 +18,17 @@ use crate::agent::{AGENT_PORT, Agent, ShutdownMode};
 use crate::console_log::ConsoleReader;
 use crate::exit::{ExitLatch, ExitReason};
 use crate::machine::{Machine, RunState};
+use crate::metrics::{Facts, Metrics};
 use crate::reaper::Reaper;
 use crate::sandbox::SandboxPaths;
 use crate::sandbox::record::Record;
-use crate::timings::millis;
+use crate::timings::{Timings, millis};
 
 /// The API's description.
 pub const OPENAPI: &str = include_str!("openapi.json");
+
+/// What OpenMetrics text is called.
+const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// How often a console that is followed is looked at.
 const FOLLOW_PAUSE: Duration = Duration::from_millis(100);
@@ -35,7 +39,8 @@ const FORCE_PATIENCE: Duration = Duration::from_secs(5);
 pub struct Control {
     pub(super) record: Record,
     paths: SandboxPaths,
-    start: Instant,
+    timings: Arc<Timings>,
+    pub(super) metrics: Metrics,
     /// It ends where the machine does.
     machine: Weak<Machine>,
     pub(super) exit: ExitLatch,
@@ -50,6 +55,8 @@ pub struct Control {
 pub enum Reply {
     /// Status 200 and this JSON.
     Json(Vec<u8>),
+    /// Status 200 and text of this kind (a media type).
+    Text(&'static str, String),
     /// It was sent already.
     Sent,
 }
@@ -57,7 +64,7 @@ pub enum Reply {
 type Handler = fn(&Control, &Request, &mut UnixStream) -> Result<Reply, ErrorBody>;
 
 /// Methods and paths.
-const ROUTES: [(&str, &str, Handler); 11] = [
+const ROUTES: [(&str, &str, Handler); 12] = [
     ("GET", "/v1/sandbox", sandbox),
     ("POST", "/v1/pause", pause),
     ("POST", "/v1/resume", resume),
@@ -68,6 +75,7 @@ const ROUTES: [(&str, &str, Handler); 11] = [
     ("POST", "/v1/explore", explore),
     ("POST", "/v1/exec", exec),
     ("GET", "/v1/console", console),
+    ("GET", "/v1/metrics", metrics),
     ("GET", "/v1/openapi.json", openapi),
 ];
 
@@ -116,7 +124,7 @@ impl Control {
     pub fn new(
         record: Record,
         paths: SandboxPaths,
-        start: Instant,
+        timings: Arc<Timings>,
         machine: &Arc<Machine>,
         agent: Agent,
         reception: Box<dyn Reception>,
@@ -125,7 +133,8 @@ impl Control {
         Self {
             record,
             paths,
-            start,
+            timings,
+            metrics: Metrics::default(),
             exit: machine.exit().clone(),
             machine: Arc::downgrade(machine),
             agent: Mutex::new(Some(agent)),
@@ -216,7 +225,7 @@ impl Control {
         Ok(SandboxView {
             record: self.record.clone(),
             state,
-            uptime_ms: millis(self.start.elapsed()),
+            uptime_ms: millis(self.timings.elapsed()),
             resident_bytes: resident_bytes(),
             private_bytes: private_bytes(),
             vsock: self.paths.vsock_socket().to_string_lossy().into_owned(),
@@ -292,6 +301,13 @@ fn snapshot(
         control
             .snapshots
             .take(&machine, agent.as_ref(), &control.record, request, stream)?;
+    let phases = [
+        ("state", taken.state_us),
+        ("freeze", taken.freeze_us),
+        ("pause", taken.pause_us),
+        ("total", taken.total_us),
+    ];
+    control.metrics.took("snapshot", &phases);
     json(&taken)
 }
 
@@ -364,6 +380,22 @@ fn console(
     // It fails where the client is gone.
     let _ = send(stream);
     Ok(Reply::Sent)
+}
+
+fn metrics(control: &Control, _: &Request, _: &mut UnixStream) -> Result<Reply, ErrorBody> {
+    let pager = control.machine()?.pager();
+    let facts = Facts {
+        id: &control.record.id,
+        name: &control.record.name,
+        uptime: control.timings.elapsed(),
+        resident_bytes: resident_bytes(),
+        private_bytes: private_bytes(),
+        start: control.timings.all(),
+        pager: pager.map(|pager| pager.stats()),
+    };
+    let text = control.metrics.text(facts);
+    let text = text.map_err(|error| ErrorBody::new(ErrorCode::Internal, error.to_string()))?;
+    Ok(Reply::Text(METRICS_TYPE, text))
 }
 
 /// A client that has closed its end reads nothing more. One that has only ended its requests counts as gone as well.

@@ -108,6 +108,7 @@ fn answer(stream: &mut UnixStream, control: &Control) -> io::Result<()> {
     };
     match route(control, &request, stream) {
         Ok(Reply::Json(json)) => write_answer(stream, 200, "application/json", &json),
+        Ok(Reply::Text(kind, text)) => write_answer(stream, 200, kind, text.as_bytes()),
         Ok(Reply::Sent) => stream.flush(),
         Err(error) => refuse(stream, error),
     }
