@@ -23,6 +23,7 @@ use snapshot_fmt::digest::Digest;
 use snapshot_fmt::manifest::{Machine, Programs};
 
 use crate::control::types::ChildView;
+use crate::sandbox::budget::Budget;
 use crate::sandbox::record::BranchPoint;
 use crate::warm::WarmRuntime;
 
@@ -44,6 +45,8 @@ pub struct Handover {
     pub timeout_ms: Option<u64>,
     /// The user's own labels.
     pub labels: BTreeMap<String, String>,
+    /// What its tree may have together.
+    pub budget: Budget,
     /// Where it branches off; nothing for one that goes on from a snapshot.
     pub branch: Option<BranchPoint>,
     /// Its machine, which is its parent's.
@@ -216,6 +219,7 @@ mod tests {
             name: Some("child".to_owned()),
             timeout_ms: None,
             labels: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
+            budget: Budget::default(),
             branch: Some(BranchPoint {
                 parent: "1".to_owned(),
                 parent_name: "one".to_owned(),

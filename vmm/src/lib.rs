@@ -28,6 +28,7 @@ pub mod metrics;
 pub mod pagemap;
 pub mod pager;
 pub mod pool;
+pub mod process_memory;
 pub mod reaper;
 pub mod sandbox;
 pub mod sizes;

@@ -6,7 +6,7 @@ use libtest_mimic::Failed;
 use rustix::process::Signal;
 use tests::sandboxes::{Host, is_alive, process_state, signal, wait_for};
 
-use crate::guest::{python, read, remove, start, wait_for_growth, words, write};
+use crate::guest::{SHAPE, python, read, remove, start, wait_for_growth, words, write};
 
 /// A program that counts, and draws a random number for each count.
 pub const COUNT: &str = "
@@ -164,13 +164,22 @@ pub fn deaths() -> Result<(), Failed> {
 /// A name that is taken leaves no children at all, and what makes no sense is told.
 pub fn all_or_none() -> Result<(), Failed> {
     let host = Host::new()?;
-    start(&host, "one")?;
+    let budget = ["--tree-sandboxes", "5", "--tree-memory", "1G"];
+    host.ok(&[&["start", "one"], &SHAPE[..], &budget].concat())?;
     host.ok(&["branch", "one", "kid-2"])?;
     host.refused(
         &["branch", "one", "kid", "-n", "3"],
         &["kid-2", "is running", "choose another"],
     )?;
     wait_for(|| Ok(host.ok(&["ls", "--quiet"])?.stdout == "one\nkid-2\n"))?;
+    host.refused(
+        &["branch", "one", "-n", "4"],
+        &["has 2 sandboxes", "budget of 5", "--tree-sandboxes"],
+    )?;
+    host.refused(
+        &["branch", "kid-2", "--reserve", "1100M"],
+        &["1100 MiB more", "budget of 1024 MiB", "--tree-memory"],
+    )?;
     host.refused(&["branch", "one", "-n", "0"], &["1 to 1000, not 0"])?;
     host.refused(&["branch", "nobody"], &["no sandbox is called \"nobody\""])?;
     host.refused(&["branch", "one", "a b"], &["cannot be a sandbox's name"])?;

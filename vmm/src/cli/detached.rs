@@ -25,8 +25,10 @@ use crate::control::server::Server;
 use crate::control::snapshot::{Past, Snapshots};
 use crate::exit::ExitReason;
 use crate::machine::Machine;
+use crate::sandbox::budget::Budget;
 use crate::sandbox::record::{ExitRecord, Record, now};
 use crate::sandbox::{SandboxDir, SandboxPaths};
+use crate::sizes::memory_mib;
 use crate::snapshot::description::describe;
 use crate::supervisor::{Ending, Supervisor, end_by_force};
 use crate::timings::Timings;
@@ -42,12 +44,28 @@ pub struct DetachedArgs {
     /// Give it a label to be told apart by
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = label)]
     pub label: Vec<(String, String)>,
+    /// Refuse children where the memory that the sandbox and all that branch off it have for themselves would be over this: MiB, or with M, G, T
+    #[arg(long, value_name = "SIZE", value_parser = memory_mib)]
+    pub tree_memory: Option<u64>,
+    /// Refuse children where the sandbox and all that branch off it would be more than this
+    #[arg(long, value_name = "N")]
+    pub tree_sandboxes: Option<u32>,
     /// Print JSON: what `vmm inspect` prints
     #[arg(long)]
     pub json: bool,
     /// Be the monitor
     #[arg(long, hide = true)]
     pub monitor: bool,
+}
+
+impl DetachedArgs {
+    /// What the sandbox and all that branch off it may have together.
+    pub fn budget(&self) -> Budget {
+        Budget {
+            memory_mib: self.tree_memory,
+            sandboxes: self.tree_sandboxes,
+        }
+    }
 }
 
 pub fn label(text: &str) -> Result<(String, String), &'static str> {
@@ -134,6 +152,7 @@ fn record(sandbox: &SandboxDir, launch: &Launch, config: &VmConfig) -> Record {
         user: vm.user.clone(),
         warm: vm.warm.clone(),
         branch: launch.branch.clone(),
+        budget: vm.budget,
     }
 }
 

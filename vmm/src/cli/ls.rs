@@ -210,6 +210,7 @@ mod tests {
                 kernel: String::new(),
                 image: String::new(),
                 labels: Default::default(),
+                budget: Default::default(),
                 env: Default::default(),
                 cwd: None,
                 user: None,

@@ -91,6 +91,7 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
         name: None,
         timeout_ms: args.timeout.map(millis),
         labels: args.detached.label.iter().cloned().collect(),
+        budget: args.detached.budget(),
         branch: None,
         machine: saved.machine.clone(),
         programs: saved.programs.clone(),
@@ -137,6 +138,7 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
     let spec = VmSpec {
         name: args.name.clone(),
         labels: args.detached.label.iter().cloned().collect(),
+        budget: args.detached.budget(),
         timeout: args.timeout,
         ..VmSpec::of_saved(&saved)
     };

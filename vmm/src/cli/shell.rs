@@ -104,6 +104,7 @@ fn be(args: &ShellArgs, parent: &Parent) -> Result<u8, CliError> {
         spec: VmSpec {
             name: handover.name,
             labels: handover.labels,
+            budget: handover.budget,
             timeout: handover.timeout_ms.map(Duration::from_millis),
             ..VmSpec::of_saved(&saved)
         },

@@ -10,6 +10,7 @@ use super::vm_args::{DriveArg, ImageAs, VmArgs};
 use crate::agent::{EnvVar, WarmRequest};
 use crate::config::{DriveConfig, DriveInterface};
 use crate::config_file::VmFile;
+use crate::sandbox::budget::Budget;
 use crate::snapshot::restore::Saved;
 use crate::warm::WarmRuntime;
 
@@ -23,6 +24,8 @@ pub struct VmSpec {
     pub name: Option<String>,
     /// The user's own words.
     pub labels: BTreeMap<String, String>,
+    /// What its tree may have together.
+    pub budget: Budget,
     /// Virtual processors.
     pub cpus: u32,
     /// Guest memory, in MiB.
@@ -60,6 +63,7 @@ impl VmSpec {
         Self {
             name: None,
             labels: BTreeMap::new(),
+            budget: Budget::default(),
             cpus: saved.machine.cpus,
             memory: 0,
             kernel: None,
@@ -145,6 +149,7 @@ impl VmArgs {
         VmSpec {
             name: file.name,
             labels: file.labels,
+            budget: Budget::default(),
             cpus: self.cpus.or(file.cpus).unwrap_or(1),
             memory: self.memory.or(file.memory).unwrap_or(MEMORY_MIB),
             kernel,

@@ -103,6 +103,11 @@ impl Control {
             .map_or(Ok(()), check_name)
             .map_err(|error| ErrorBody::new(ErrorCode::BadBody, error.to_string()))?;
         check_memory(count, request.reserve_mib)?;
+        let branch = self.record.branch_point();
+        let fits = self.record.budget;
+        let fits = fits.check(&branch.root, count, request.reserve_mib);
+        fits.map_err(|error| ErrorBody::new(ErrorCode::Internal, error.to_string()))?
+            .map_err(|over| ErrorBody::new(ErrorCode::Conflict, over.to_string()))?;
         let (start, since) = (Instant::now(), monotonic_ns());
         let machine = self.machine()?;
         if !machine.disks().is_empty() {
@@ -122,7 +127,8 @@ impl Control {
             name: None,
             timeout_ms: request.ttl_ms,
             labels: self.record.labels.clone(),
-            branch: Some(self.record.branch_point()),
+            budget: self.record.budget,
+            branch: Some(branch),
             machine: self.snapshots.machine.clone(),
             programs: programs(&self.record),
             warm: self.record.warm.clone(),

@@ -19,6 +19,7 @@ use crate::console_log::ConsoleReader;
 use crate::exit::{ExitLatch, ExitReason};
 use crate::machine::{Machine, RunState};
 use crate::metrics::{Facts, Metrics};
+use crate::process_memory::{private_bytes, resident_bytes};
 use crate::reaper::Reaper;
 use crate::sandbox::SandboxPaths;
 use crate::sandbox::record::Record;
@@ -227,32 +228,10 @@ impl Control {
             state,
             uptime_ms: millis(self.timings.elapsed()),
             resident_bytes: resident_bytes(),
-            private_bytes: private_bytes(),
+            private_bytes: private_bytes(std::process::id()),
             vsock: self.paths.vsock_socket().to_string_lossy().into_owned(),
         })
     }
-}
-
-/// Resident memory of this process; 0 where the host does not tell.
-fn resident_bytes() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok());
-    pages.map_or(0, |pages: u64| {
-        pages.saturating_mul(rustix::param::page_size() as u64)
-    })
-}
-
-/// Memory of this process that no other has; 0 where the host does not tell.
-fn private_bytes() -> u64 {
-    let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap_or_default();
-    let private = |line: &str| {
-        let (name, amount) = line.split_once(':')?;
-        let kib = amount.trim().strip_suffix(" kB")?;
-        let kib: Option<u64> = kib.parse().ok();
-        kib.filter(|_| name.starts_with("Private_"))
-    };
-    let kib: u64 = rollup.lines().filter_map(private).sum();
-    kib.saturating_mul(1024)
 }
 
 fn sandbox(control: &Control, _: &Request, _: &mut UnixStream) -> Result<Reply, ErrorBody> {
@@ -389,7 +368,7 @@ fn metrics(control: &Control, _: &Request, _: &mut UnixStream) -> Result<Reply, 
         name: &control.record.name,
         uptime: control.timings.elapsed(),
         resident_bytes: resident_bytes(),
-        private_bytes: private_bytes(),
+        private_bytes: private_bytes(std::process::id()),
         start: control.timings.all(),
         pager: pager.map(|pager| pager.stats()),
     };

@@ -14,6 +14,7 @@
 //! A directory whose lock nobody holds is a dead sandbox's. Whoever starts next removes it, unless it was
 //! started detached: then it stays, to be looked at, until `vmm rm` or a new sandbox of that name.
 
+pub mod budget;
 pub mod list;
 pub mod record;
 

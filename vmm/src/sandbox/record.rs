@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use super::budget::Budget;
 use crate::warm::WarmRuntime;
 
 /// Largest record that is read, in bytes.
@@ -59,6 +60,9 @@ pub struct Record {
     /// Where it branched off; absent for one that did not.
     #[serde(default)]
     pub branch: Option<BranchPoint>,
+    /// What it and all that branch off it may have together.
+    #[serde(default, skip_serializing_if = "Budget::is_unbounded")]
+    pub budget: Budget,
 }
 
 /// Where a sandbox branched off another.
