@@ -84,8 +84,8 @@ impl BlockSource for Saved {
         Ok(())
     }
 
-    fn next_data(&self, from: u64) -> Option<Blocks<u64>> {
-        (from < self.blocks()).then(|| from..self.blocks())
+    fn next_data(&self, from: u64) -> io::Result<Option<Blocks<u64>>> {
+        Ok((from < self.blocks()).then(|| from..self.blocks()))
     }
 }
 

@@ -23,7 +23,7 @@ use crate::config::{ConfigError, VmConfig};
 use crate::devices::bus::BusError;
 use crate::devices::serial::SerialError;
 use crate::devices::virtio::blk::BlockError;
-use crate::devices::virtio::blk::stack::BlockSource;
+use crate::devices::virtio::blk::stack::Backing;
 use crate::devices::virtio::mmio::TransportError;
 use crate::devices::virtio::pmem::PmemError;
 use crate::devices::virtio::rng::RngError;
@@ -144,7 +144,7 @@ pub enum Origin<'a> {
 /// A disk of a saved machine that its guest may write to.
 pub struct SavedDisk {
     /// What it was.
-    pub source: Arc<dyn BlockSource>,
+    pub backing: Backing,
     /// Its size in sectors of 512 bytes.
     pub sectors: u64,
 }

@@ -2,10 +2,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::config::DriveConfig;
@@ -33,9 +35,9 @@ pub enum DriveError {
     #[error(
         "the image {path} is in use by another sandbox{}",
         if *.read_only {
-            ", which may write to it: stop that one, or give this one a copy"
+            ", which may write to it: stop that one and its branches, or give this one a copy"
         } else {
-            ": stop that one, give this one a copy, or have both only read it (--drive FILE,ro)"
+            ": stop that one and its branches, give this one a copy, or have all only read it (--drive FILE,ro)"
         }
     )]
     Busy {
@@ -56,11 +58,13 @@ fn open_remedy(error: &io::Error, read_only: bool) -> &'static str {
     }
 }
 
-/// An open disk. Its lock (flock: shared for reading, exclusive for writing) lasts as long as the file is open.
+/// An open disk. Its lock (flock: shared for reading, exclusive for writing) lasts as long as `lock` is open, in whichever process.
 #[derive(Debug)]
 pub struct Drive {
     /// The file.
     pub file: File,
+    /// It once more, with the lock, where `file` may be written to: for reading only, unless the file system locks only for those who write.
+    pub lock: Option<File>,
     /// The kernel's name of the file system on it, if it is a known one.
     pub file_system: Option<&'static str>,
 }
@@ -69,46 +73,61 @@ impl Drive {
     /// Opens and locks the disk's file.
     pub fn open(config: &DriveConfig) -> Result<Self, DriveError> {
         let path = || config.path.clone();
+        let failed = |source| DriveError::Open {
+            path: path(),
+            read_only: config.read_only,
+            source,
+        };
         let file = OpenOptions::new()
             .read(true)
-            .write(!config.read_only)
             // Nobody may be at the other end of a pipe. Files and block devices do not mind.
             .custom_flags(libc::O_NONBLOCK)
             .open(&config.path)
-            .map_err(|source| DriveError::Open {
-                path: path(),
-                read_only: config.read_only,
-                source,
-            })?;
-        let kind = file
-            .metadata()
-            .map_err(|source| DriveError::Open {
-                path: path(),
-                read_only: config.read_only,
-                source,
-            })?
-            .file_type();
+            .map_err(failed)?;
+        let kind = file.metadata().map_err(failed)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DriveError::NotADisk { path: path() });
         }
-        let lock = if config.read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
-        match flock(&file, lock) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(DriveError::Busy {
+        let lock = |file: &File| {
+            let lock = if config.read_only {
+                FlockOperation::NonBlockingLockShared
+            } else {
+                FlockOperation::NonBlockingLockExclusive
+            };
+            match flock(file, lock) {
+                Err(Errno::WOULDBLOCK) => Err(DriveError::Busy {
                     path: path(),
                     read_only: config.read_only,
-                });
+                }),
+                result => Ok(result),
             }
-            // A file system without locks: nothing to hold on to.
-            Err(_) => {}
-        }
+        };
+        let locked = lock(&file)?;
         let file_system = file_system(&file);
-        Ok(Self { file, file_system })
+        if config.read_only {
+            return Ok(Self {
+                file,
+                lock: None,
+                file_system,
+            });
+        }
+        // The same file, whatever has its name now.
+        let writable = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+            .map_err(failed)?;
+        // NFS locks exclusively only what is open for writing. Where there are no locks at all, there is nothing to hold on to.
+        let lock = if locked == Err(Errno::BADF) && lock(&writable)?.is_ok() {
+            writable.try_clone().map_err(failed)?
+        } else {
+            file
+        };
+        Ok(Self {
+            file: writable,
+            lock: Some(lock),
+            file_system,
+        })
     }
 }
 
@@ -183,6 +202,22 @@ mod tests {
         let _writer = Drive::open(&config(image.path(), false)).unwrap();
         let busy = Drive::open(&config(image.path(), true)).unwrap_err();
         assert!(busy.to_string().contains("which may write to it"), "{busy}");
+    }
+
+    #[test]
+    fn a_reader_of_a_writable_disk_keeps_its_lock() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let drive = Drive::open(&config(image.path(), false)).unwrap();
+        drive.file.write_all_at(b"x", 0).unwrap();
+        let lock = drive.lock.as_ref().unwrap().try_clone().unwrap();
+        lock.write_all_at(b"y", 0).unwrap_err();
+        drop(drive);
+        for read_only in [true, false] {
+            let busy = Drive::open(&config(image.path(), read_only)).unwrap_err();
+            assert!(busy.to_string().contains("and its branches"), "{busy}");
+        }
+        drop(lock);
+        Drive::open(&config(image.path(), false)).unwrap();
     }
 
     #[test]

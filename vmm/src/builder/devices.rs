@@ -107,7 +107,9 @@ pub(super) fn map_files(
     drives
         .filter(|drive| drive.interface == DriveInterface::Pmem)
         .map(|drive| {
-            let Drive { file, file_system } = Drive::open(drive)?;
+            let Drive {
+                file, file_system, ..
+            } = Drive::open(drive)?;
             let path = drive.path.clone();
             let mapping = FileMapping::new(file, granule)
                 .map_err(|source| BuildError::Map { path, source })?;
@@ -245,15 +247,18 @@ impl<'a> Devices<'a> {
         let file_system = match config.interface {
             DriveInterface::Block => {
                 let path = config.path.clone();
-                if let Some(saved) = self.saved_disks.as_ref().filter(|_| !config.read_only) {
-                    let disk = saved.disks.get(&index);
+                if let Some(saved) = self.saved_disks.as_mut().filter(|_| !config.read_only) {
+                    let disk = saved.disks.remove(&index);
                     let disk = disk.ok_or(BuildError::OtherDevices("a disk has no content"))?;
-                    let source = Arc::clone(&disk.source);
-                    let disk = Disk::of_saved(source, disk.sectors, &saved.dir, &id)?;
+                    let disk = Disk::over(disk.backing, disk.sectors, &saved.dir, &id)?;
                     return self.add_block(index, disk, path, id);
                 }
-                let Drive { file, file_system } = Drive::open(config)?;
-                let disk = Disk::of_file(file, &path, config.read_only)?;
+                let drive = Drive::open(config)?;
+                let file_system = drive.file_system;
+                let mut disk = Disk::of_file(drive.file, &path, config.read_only)?;
+                if let Some(lock) = drive.lock {
+                    disk = disk.with_reader(lock);
+                }
                 self.add_block(index, disk, path, id)?;
                 file_system
             }

@@ -76,7 +76,7 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
     let since = monotonic_ns();
     let saved = open(args)?;
     if saved.mode != Mode::Map
-        || !saved.chains.disks.is_empty()
+        || !saved.backings.is_empty()
         || !saved.pages().working_set.is_empty()
     {
         return Ok(None);
@@ -102,7 +102,7 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
     };
     let failed = |error: std::io::Error| CliError::Monitor(format!("cannot restore it: {error}"));
     let state = File::open(base.held.snapshot().path(STATE)).map_err(failed)?;
-    let layers = saved.chains.memory.layers().iter();
+    let layers = saved.memory.layers().iter();
     let files: Vec<_> = [&state]
         .into_iter()
         .chain(layers.map(|layer| layer.file()))

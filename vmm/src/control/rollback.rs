@@ -140,7 +140,7 @@ impl Control {
 /// Whether both are the same moment.
 fn same(one: &Arc<Saved>, other: &Arc<Saved>) -> bool {
     let id = |saved: &Saved| saved.base.as_ref().map(|base| base.held.snapshot().id());
-    let depth = |saved: &Saved| saved.chains.memory.layers().len();
+    let depth = |saved: &Saved| saved.memory.layers().len();
     Arc::ptr_eq(one, other)
         || id(one).is_some() && id(one) == id(other) && depth(one) == depth(other)
 }

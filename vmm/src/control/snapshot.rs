@@ -47,7 +47,7 @@ pub struct Past {
 impl Past {
     /// What its memory began with.
     pub fn origin(&self) -> Option<&Chain> {
-        self.began.as_ref().map(|saved| &*saved.chains.memory)
+        self.began.as_ref().map(|saved| &*saved.memory)
     }
 }
 

@@ -16,7 +16,6 @@ use snapshot_fmt::manifest::{MEMORY, Machine as Description, Programs, STATE, Wa
 use snapshot_fmt::state_file;
 
 use super::SnapshotError;
-use super::chains::Chains;
 use super::memory_layer::Lineage;
 use super::restore::{Base, Saved};
 use super::save::{self, Frozen, Times};
@@ -118,10 +117,8 @@ impl Begun {
             Chain::new(layers).map_err(|error| SnapshotError::Memory(io::Error::other(error)))?;
         Ok(Saved {
             state: Arc::new(state),
-            chains: Chains {
-                memory: Arc::new(chain),
-                disks: BTreeMap::new(),
-            },
+            memory: Arc::new(chain),
+            backings: BTreeMap::new(),
             mode: Mode::Map,
             machine: self.machine,
             programs: self.programs,

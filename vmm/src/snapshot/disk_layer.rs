@@ -31,10 +31,10 @@ impl BlockSource for Chain {
         self.read_page(block, bytes).map_err(io::Error::other)
     }
 
-    fn next_data(&self, from: u64) -> Option<Range<u64>> {
+    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
         let runs = self.data_runs();
-        let run = runs.get(runs.partition_point(|run| run.end() <= from))?;
-        Some(run.first_page.max(from)..run.end())
+        let run = runs.get(runs.partition_point(|run| run.end() <= from));
+        Ok(run.map(|run| run.first_page.max(from)..run.end()))
     }
 }
 

@@ -1,5 +1,6 @@
 //! Opens a snapshot to make a machine of it: what is in the manifest is checked before anything is made.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,7 +14,8 @@ use super::chains::Chains;
 use super::{SnapshotError, description};
 use crate::builder::{SavedDisk, SavedDisks};
 use crate::config::{ConsoleConfig, VmConfig, VsockConfig};
-use crate::devices::virtio::blk::SECTOR;
+use crate::devices::virtio::blk::stack::Backing;
+use crate::devices::virtio::blk::{self, SECTOR};
 use crate::pager::{Mode, Pager, Pages};
 use crate::store::{Held, Store};
 
@@ -21,8 +23,10 @@ use crate::store::{Held, Store};
 pub struct Saved {
     /// All but memory and disks.
     pub state: Arc<MachineState>,
-    /// Memory and disks.
-    pub chains: Chains,
+    /// Memory.
+    pub memory: Arc<Chain>,
+    /// What the disks that the guest may write to rest on, by the numbers of their drives.
+    pub backings: BTreeMap<usize, Backing>,
     /// How memory's pages come.
     pub mode: Mode,
     /// What it is.
@@ -63,6 +67,17 @@ impl Base {
             held: Arc::new(held),
         })
     }
+
+    /// What disks rest on that go on from it.
+    pub(super) fn backings(&self) -> BTreeMap<usize, Backing> {
+        let disks = self.chains.disks.iter();
+        disks
+            .map(|(&drive, chain)| {
+                let base = blk::stack::Base::Saved(Arc::clone(chain) as _);
+                (drive, Backing::from(base))
+            })
+            .collect()
+    }
 }
 
 impl Saved {
@@ -73,7 +88,8 @@ impl Saved {
         description::check_cpu(&snapshot.manifest().cpu, &description::cpu())?;
         Ok(Self {
             state: Arc::new(snapshot.state()?),
-            chains: base.chains.clone(),
+            memory: Arc::clone(&base.chains.memory),
+            backings: base.backings(),
             mode,
             machine: snapshot.manifest().machine.clone(),
             programs: snapshot.manifest().programs.clone(),
@@ -86,7 +102,7 @@ impl Saved {
     /// Its memory, for a machine that goes on.
     pub fn pages(&self) -> Pages {
         Pages {
-            chain: Arc::clone(&self.chains.memory),
+            chain: Arc::clone(&self.memory),
             mode: self.mode,
             working_set: self.working_set.clone().unwrap_or_default(),
         }
@@ -95,13 +111,13 @@ impl Saved {
     /// The disks that its guest may write to, for a machine that goes on. What that writes is kept in the directory `dir`.
     pub fn disks(&self, dir: &Path) -> SavedDisks {
         let drives = &self.machine.drives;
-        let disk = |(&drive, chain): (&usize, &Arc<Chain>)| {
+        let disk = |(&drive, backing): (&usize, &Backing)| {
             let sectors = drives.get(drive)?.bytes / SECTOR;
-            let source = Arc::clone(chain) as _;
-            Some((drive, SavedDisk { source, sectors }))
+            let backing = backing.clone();
+            Some((drive, SavedDisk { backing, sectors }))
         };
         SavedDisks {
-            disks: self.chains.disks.iter().filter_map(disk).collect(),
+            disks: self.backings.iter().filter_map(disk).collect(),
             dir: dir.to_owned(),
         }
     }

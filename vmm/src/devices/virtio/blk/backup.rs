@@ -17,18 +17,42 @@ use snapshot_fmt::PAGE_SIZE;
 
 use super::block_map::BlockMap;
 use super::disk::Disk;
+use super::frozen;
 use super::stack::{BLOCK, BlockBytes, Stack};
 
 /// The old content of blocks that were changed since a moment.
 #[derive(Debug)]
 pub(super) struct Backup {
     file: File,
+    /// Those that are in it, or that nobody looks for in it.
     saved: BlockMap,
+    /// Whether other processes read it, and not this one ([`super::share`]).
+    shared: bool,
     /// Why a block could not be saved, if that is so.
     failure: OnceLock<(io::ErrorKind, String)>,
 }
 
 impl Backup {
+    /// An empty one in `file`, for a disk of `blocks` blocks.
+    pub(super) fn new(file: File, blocks: u64, shared: bool) -> Self {
+        Self {
+            file,
+            saved: BlockMap::new(blocks),
+            shared,
+            failure: OnceLock::new(),
+        }
+    }
+
+    /// Whether anybody may still read it.
+    pub(super) fn is_used(&self) -> bool {
+        !self.shared || (self.failure.get().is_none() && frozen::is_used(&self.file))
+    }
+
+    /// Whether one of `blocks` has not been saved.
+    pub(super) fn lacks(&self, blocks: Range<u64>) -> bool {
+        self.failure.get().is_none() && self.saved.find(blocks.clone(), false) < blocks.end
+    }
+
     /// Saves those of `blocks` that are not saved yet, as `stack` has them.
     pub(super) fn save(&self, stack: &Stack, blocks: Range<u64>) {
         for block in blocks {
@@ -40,22 +64,40 @@ impl Backup {
             }
             match self.save_block(stack, block) {
                 Ok(()) => self.saved.add(block..block + 1),
-                Err(error) => {
-                    let _ = self.failure.set((error.kind(), error.to_string()));
-                    fence(Ordering::SeqCst);
-                }
+                Err(error) => self.fail(&error),
             }
         }
     }
 
     fn save_block(&self, stack: &Stack, block: u64) -> io::Result<()> {
+        if self.shared && !stack.is_on_top(block) {
+            // Others look for it where it stays as it is.
+            return Ok(());
+        }
         let mut bytes = [0; PAGE_SIZE];
         stack.read_block(block, &mut bytes)?;
         // The file is zero already.
-        if bytes == [0; PAGE_SIZE] {
-            return Ok(());
+        if bytes != [0; PAGE_SIZE] {
+            self.file.write_all_at(&bytes, block * BLOCK)?;
         }
-        self.file.write_all_at(&bytes, block * BLOCK)
+        if self.shared {
+            fence(Ordering::SeqCst);
+            frozen::mark(&self.file, self.saved.blocks(), block)?;
+        }
+        Ok(())
+    }
+
+    fn fail(&self, error: &io::Error) {
+        if self.shared {
+            log::warn!(
+                "what a drive was cannot be kept for the sandboxes that branched off ({error}): they cannot read it any more"
+            );
+            if let Err(error) = frozen::give_up(&self.file) {
+                log::error!("nor can they be told: {error}");
+            }
+        }
+        let _ = self.failure.set((error.kind(), error.to_string()));
+        fence(Ordering::SeqCst);
     }
 }
 
@@ -71,11 +113,7 @@ impl Preparation {
     pub fn new(disk: &Arc<Disk>, scratch: File) -> Self {
         Self {
             disk: Arc::clone(disk),
-            backup: Arc::new(Backup {
-                file: scratch,
-                saved: BlockMap::new(disk.blocks()),
-                failure: OnceLock::new(),
-            }),
+            backup: Arc::new(Backup::new(scratch, disk.blocks(), false)),
             changed: BlockMap::new(disk.blocks()),
         }
     }

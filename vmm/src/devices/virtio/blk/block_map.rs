@@ -4,7 +4,10 @@
 //! the disk afterwards is not seen by others before the block is (see [`super::backup`]). It takes memory where it has blocks: a disk may be
 //! large and empty, and its size somebody else's word.
 
+use std::fs::File;
+use std::io::{self, ErrorKind};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,6 +17,8 @@ const WORD: u64 = u64::BITS as u64;
 const WORDS: usize = 512;
 /// Blocks of a part.
 const PART: u64 = WORD * WORDS as u64;
+/// Bytes of a part.
+const PART_BYTES: usize = WORDS * size_of::<u64>();
 
 type Part = [AtomicU64; WORDS];
 
@@ -64,6 +69,61 @@ impl BlockMap {
         }
     }
 
+    /// Whether no block is in it.
+    pub fn is_empty(&self) -> bool {
+        self.find(0..self.blocks, true) == self.blocks
+    }
+
+    /// Bytes of a map of `blocks` blocks in a file.
+    pub fn file_len(blocks: u64) -> u64 {
+        blocks.div_ceil(PART).saturating_mul(PART_BYTES as u64)
+    }
+
+    /// Writes it to `file` from `offset` on, which has holes only there and is long enough: a bit per block, in words that have their least significant
+    /// byte first. Parts without blocks stay holes.
+    pub fn write(&self, file: &File, offset: u64) -> io::Result<()> {
+        for (part, at) in self.parts.iter().zip((offset..).step_by(PART_BYTES)) {
+            let Some(part) = part.get() else { continue };
+            let words = part.iter().map(|word| word.load(Ordering::SeqCst));
+            let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+            file.write_all_at(&bytes, at)?;
+        }
+        Ok(())
+    }
+
+    /// Reads one of `blocks` blocks that was [written](Self::write). Bits behind the disk's end are an error, as is a file that is too short.
+    pub fn read(file: &File, offset: u64, blocks: u64) -> io::Result<Self> {
+        let map = Self::new(blocks);
+        let mut bytes = [0; PART_BYTES];
+        for ((part, number), at) in map
+            .parts
+            .iter()
+            .zip(0..)
+            .zip((offset..).step_by(PART_BYTES))
+        {
+            file.read_exact_at(&mut bytes, at)?;
+            if bytes == [0; PART_BYTES] {
+                continue;
+            }
+            let words = part.get_or_init(new_part);
+            let bytes = bytes.chunks_exact(8).flat_map(<[u8]>::first_chunk);
+            for (word, bytes) in words.iter().zip(bytes) {
+                word.store(u64::from_le_bytes(*bytes), Ordering::SeqCst);
+            }
+            let last = words
+                .iter()
+                .rposition(|word| word.load(Ordering::SeqCst) != 0);
+            let bits = last.map_or(0, |last| {
+                let unused = words[last].load(Ordering::SeqCst).leading_zeros();
+                (last as u64 + 1) * WORD - u64::from(unused)
+            });
+            if number * PART + bits > blocks {
+                return Err(ErrorKind::InvalidData.into());
+            }
+        }
+        Ok(map)
+    }
+
     /// Whether `block` is in it.
     pub fn has(&self, block: u64) -> bool {
         block < self.blocks && self.word(block).unwrap_or(0) >> (block % WORD) & 1 == 1
@@ -103,6 +163,14 @@ impl BlockMap {
         let (part, word) = place(block);
         let part = self.parts[part].get()?;
         Some(part[word].load(Ordering::SeqCst))
+    }
+}
+
+impl Clone for BlockMap {
+    fn clone(&self) -> Self {
+        let copy = Self::new(self.blocks);
+        copy.merge(self);
+        copy
     }
 }
 
@@ -160,6 +228,36 @@ mod tests {
         assert_eq!(runs(&other), runs(&map));
         let parts = other.parts.iter().filter(|part| part.get().is_some());
         assert_eq!(parts.count(), 3);
+    }
+
+    #[test]
+    fn a_map_goes_through_a_file() {
+        let blocks = 2 * PART + 70;
+        let map = BlockMap::new(blocks);
+        assert!(map.is_empty());
+        map.add(3..4);
+        map.add(2 * PART + 60..blocks);
+        assert!(!map.is_empty());
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(9 + BlockMap::file_len(blocks)).unwrap();
+        map.write(&file, 9).unwrap();
+        assert_eq!(runs(&BlockMap::read(&file, 9, blocks).unwrap()), runs(&map));
+        assert_eq!(runs(&map.clone()), runs(&map));
+        // Of a smaller disk, or cut short.
+        for (blocks, kind) in [
+            (blocks - 1, ErrorKind::InvalidData),
+            (4, ErrorKind::InvalidData),
+            (blocks + PART, ErrorKind::UnexpectedEof),
+        ] {
+            let mut file = file.try_clone().unwrap();
+            if blocks == 4 {
+                file = tempfile::tempfile().unwrap();
+                file.set_len(9 + BlockMap::file_len(4)).unwrap();
+                file.write_all_at(&[0x10], 9).unwrap();
+            }
+            let error = BlockMap::read(&file, 9, blocks).unwrap_err();
+            assert_eq!(error.kind(), kind, "{blocks}");
+        }
     }
 
     #[test]

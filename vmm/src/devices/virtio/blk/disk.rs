@@ -14,8 +14,9 @@ use rustix::fs::{OFlags, fcntl_getfl};
 use super::BlockError;
 use super::backup::Backup;
 use super::block_map::BlockMap;
+use super::frozen::{FrozenFile, reader_of};
 use super::queue::SECTOR;
-use super::stack::{BLOCK, BlockSource, Overlay, Stack, blocks_of, scratch_file};
+use super::stack::{BLOCK, Backing, Base, BlockSource, Stack, blocks_of, scratch_file};
 use crate::devices::virtio::GuestSlice;
 use crate::devices::virtio::queue::total_len;
 
@@ -23,6 +24,8 @@ use crate::devices::virtio::queue::total_len;
 pub struct Disk {
     bytes: u64,
     read_only: bool,
+    /// The file that the guest writes to, for those who only read it.
+    reader: Option<File>,
     live: Mutex<Live>,
 }
 
@@ -67,15 +70,15 @@ impl Disk {
         Ok(Self::new(Stack::file(file, sectors * SECTOR), read_only))
     }
 
-    /// A writable disk of `sectors` sectors that was saved and goes on from there. What is written to it goes into a file without a
-    /// name in the directory `dir`, and with the disk; `name` is what that is called while it is made.
-    pub fn of_saved(
-        source: Arc<dyn BlockSource>,
+    /// A writable disk of `sectors` sectors that goes on from `backing`. What is written to it goes into a file without a name in the directory
+    /// `dir`, and with the disk; `name` is what that is called while it is made.
+    pub fn over(
+        backing: Backing,
         sectors: u64,
         dir: &Path,
         name: &str,
     ) -> Result<Self, BlockError> {
-        let blocks = source.blocks();
+        let blocks = backing.blocks();
         // Checked before anything is counted in bytes: both numbers come from files.
         if sectors == 0 || sectors.div_ceil(BLOCK / SECTOR) != blocks {
             return Err(BlockError::SavedBlocks { blocks, sectors });
@@ -84,11 +87,20 @@ impl Disk {
             dir: dir.to_owned(),
             source,
         })?;
-        let overlays = vec![Arc::new(Overlay::new(scratch, blocks))];
-        Ok(Self::new(
-            Stack::saved(source, overlays, sectors * SECTOR),
-            false,
-        ))
+        let changed = backing.changed();
+        let disk = Self::new(Stack::over(backing, scratch, sectors * SECTOR), false);
+        disk.add_changed(&changed);
+        Ok(disk)
+    }
+
+    /// [`Disk::over`] what was saved.
+    pub fn of_saved(
+        source: Arc<dyn BlockSource>,
+        sectors: u64,
+        dir: &Path,
+        name: &str,
+    ) -> Result<Self, BlockError> {
+        Self::over(Base::Saved(source).into(), sectors, dir, name)
     }
 
     /// A disk of these blocks.
@@ -98,11 +110,28 @@ impl Disk {
         Self {
             bytes: stack.bytes(),
             read_only,
+            reader: None,
             live: Mutex::new(Live {
                 stack: Arc::new(stack),
                 changed: BlockMap::new(changes),
                 backups: Vec::new(),
             }),
+        }
+    }
+
+    /// The same disk, whose file is open as `reader` as well, for reading only: that is what children get, and with it the lock that it has.
+    pub fn with_reader(self, reader: File) -> Self {
+        Self {
+            reader: Some(reader),
+            ..self
+        }
+    }
+
+    /// The file that the guest writes to, for a process that only reads it.
+    pub(super) fn reader(&self) -> io::Result<File> {
+        match &self.reader {
+            Some(reader) => reader.try_clone(),
+            None => reader_of(self.lock().stack.top_file()),
         }
     }
 
@@ -128,7 +157,7 @@ impl Disk {
 
     /// Writes `slices` from `offset` on.
     pub(super) fn write(&self, slices: &mut Vec<GuestSlice>, offset: u64) -> io::Result<()> {
-        let live = self.lock();
+        let mut live = self.lock();
         live.will_change(blocks_of(offset, total_len(slices)));
         live.stack.write(slices, offset)
     }
@@ -140,7 +169,8 @@ impl Disk {
 
     /// Gives room back to the host, if it can. That is a hint, and not taken while blocks would have to be saved for it.
     pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        let live = self.lock();
+        let mut live = self.lock();
+        live.backups.retain(|backup| backup.is_used());
         if !live.backups.is_empty() {
             return Ok(());
         }
@@ -150,7 +180,7 @@ impl Disk {
 
     /// Makes a range zero; with `unmap`, it need not keep its room.
     pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        let live = self.lock();
+        let mut live = self.lock();
         live.will_change(blocks_of(offset, len));
         live.stack.write_zeroes(offset, len, unmap)
     }
@@ -161,6 +191,19 @@ impl Disk {
         live.backups.push(Arc::clone(backup));
         let before = std::mem::replace(&mut live.changed, changed);
         (Arc::clone(&live.stack), before)
+    }
+
+    /// What the disk is now, for other processes to rest on. From now on `backup` gets what is changed, if those need it: then `frozen` is how they read the file
+    /// that is written to.
+    pub(super) fn share(&self, backup: Arc<Backup>, frozen: FrozenFile) -> Backing {
+        let mut live = self.lock();
+        let mut used = None;
+        let backing = live.stack.backing(|| {
+            used = Some(backup);
+            frozen
+        });
+        live.backups.extend(used);
+        backing
     }
 
     /// `backup` needs no more.
@@ -181,7 +224,11 @@ impl Disk {
 }
 
 impl Live {
-    fn will_change(&self, blocks: Range<u64>) {
+    fn will_change(&mut self, blocks: Range<u64>) {
+        let lacks = |backup: &Arc<Backup>| backup.lacks(blocks.clone());
+        if self.backups.iter().any(lacks) {
+            self.backups.retain(|backup| backup.is_used());
+        }
         for backup in &self.backups {
             backup.save(&self.stack, blocks.clone());
         }

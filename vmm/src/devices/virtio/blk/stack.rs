@@ -1,7 +1,7 @@
-//! What a disk's blocks are: a base, and overlays on it. Reads go down, writes go into what is on top.
+//! What a disk's blocks are: a file that the guest changes, or an overlay on what others rest on as well. Reads go down, writes go into what is on top.
 //!
-//! The base is a file that the guest changes, or blocks that nobody changes, of a snapshot. An overlay is a sparse file of blocks
-//! that are others than below it. One that has another on it is not written any more, so several stacks may share it.
+//! An overlay is a sparse file of blocks that are others than below it. Below it are blocks that nobody changes, of a snapshot or of moments of the
+//! sandboxes that this one branched off ([`super::frozen`]).
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use snapshot_fmt::{PAGE_BYTES, PAGE_SIZE};
 
 use super::block_map::BlockMap;
+use super::frozen::FrozenFile;
 use crate::devices::virtio::GuestSlice;
 use crate::devices::virtio::queue::{copy_to, split_front, total_len};
 use crate::sys::vectored;
@@ -36,7 +37,7 @@ pub trait BlockSource: Send + Sync {
     /// Reads a block.
     fn read(&self, block: u64, bytes: &mut BlockBytes) -> io::Result<()>;
     /// The next run of blocks from `from` on that need not be zero.
-    fn next_data(&self, from: u64) -> Option<Range<u64>>;
+    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>>;
 }
 
 /// Makes a file in `dir` that has no name and goes with its last descriptor. It has holes only, and `blocks` blocks.
@@ -55,36 +56,85 @@ pub fn scratch_file(dir: &Path, name: &str, blocks: u64) -> io::Result<File> {
 
 /// Blocks that are others than below.
 #[derive(Debug)]
-pub struct Overlay {
+struct Overlay {
     file: File,
     /// The blocks that it has. A block is in it before it is added, and counts from then on.
     has: BlockMap,
 }
 
-impl Overlay {
-    /// One that has no block, in a file of [`scratch_file`].
-    pub fn new(file: File, blocks: u64) -> Self {
-        let has = BlockMap::new(blocks);
-        Self { file, has }
+/// What was on top of an ancestor's disk at the moment at which it was branched off.
+#[derive(Debug)]
+pub struct Layer {
+    /// The blocks that it had.
+    pub has: BlockMap,
+    /// Those blocks.
+    pub blocks: FrozenFile,
+}
+
+/// What is at the bottom of a disk that others rest on as well.
+#[derive(Clone)]
+pub enum Base {
+    /// A snapshot's disk.
+    Saved(Arc<dyn BlockSource>),
+    /// The file of an ancestor's disk.
+    Frozen(Arc<FrozenFile>),
+}
+
+impl Base {
+    fn source(&self) -> &dyn BlockSource {
+        match self {
+            Self::Saved(source) => &**source,
+            Self::Frozen(file) => &**file,
+        }
     }
 }
 
-enum Base {
+/// What is below an overlay.
+#[derive(Clone)]
+pub struct Backing {
+    /// At the bottom.
+    pub base: Base,
+    /// What was changed since, the latest last.
+    pub layers: Vec<Arc<Layer>>,
+}
+
+impl From<Base> for Backing {
+    fn from(base: Base) -> Self {
+        let layers = Vec::new();
+        Self { base, layers }
+    }
+}
+
+impl Backing {
+    /// Blocks of the disk.
+    pub fn blocks(&self) -> u64 {
+        self.base.source().blocks()
+    }
+
+    /// The blocks that are others than the base's.
+    pub fn changed(&self) -> BlockMap {
+        let changed = BlockMap::new(self.blocks());
+        for layer in &self.layers {
+            changed.merge(&layer.has);
+        }
+        changed
+    }
+}
+
+enum Kind {
     File(File),
-    Saved(Arc<dyn BlockSource>),
+    Layered { top: Overlay, backing: Backing },
 }
 
 /// Where a run of blocks is.
 enum Place<'a> {
     File(&'a File),
-    Saved(&'a dyn BlockSource),
+    Source(&'a dyn BlockSource),
 }
 
 /// The blocks of a disk.
 pub struct Stack {
-    base: Base,
-    /// The topmost last.
-    overlays: Vec<Arc<Overlay>>,
+    kind: Kind,
     /// Bytes of the disk.
     bytes: u64,
 }
@@ -92,19 +142,47 @@ pub struct Stack {
 impl Stack {
     /// A disk of `bytes` bytes in `file`.
     pub fn file(file: File, bytes: u64) -> Self {
-        Self {
-            base: Base::File(file),
-            overlays: Vec::new(),
-            bytes,
+        let kind = Kind::File(file);
+        Self { kind, bytes }
+    }
+
+    /// A disk of `bytes` bytes over `backing`. What is written goes into `file`, of [`scratch_file`].
+    pub fn over(backing: Backing, file: File, bytes: u64) -> Self {
+        let has = BlockMap::new(backing.blocks());
+        let top = Overlay { file, has };
+        let kind = Kind::Layered { top, backing };
+        Self { kind, bytes }
+    }
+
+    /// The file that is written to.
+    pub fn top_file(&self) -> &File {
+        match &self.kind {
+            Kind::File(file) => file,
+            Kind::Layered { top, .. } => &top.file,
         }
     }
 
-    /// A disk of `bytes` bytes that was saved, with `overlays` on it, the topmost last.
-    pub fn saved(source: Arc<dyn BlockSource>, overlays: Vec<Arc<Overlay>>, bytes: u64) -> Self {
-        Self {
-            base: Base::Saved(source),
-            overlays,
-            bytes,
+    /// Whether a block is in the file that is written to.
+    pub fn is_on_top(&self, block: u64) -> bool {
+        match &self.kind {
+            Kind::File(_) => true,
+            Kind::Layered { top, .. } => top.has.has(block),
+        }
+    }
+
+    /// What it is now, for others to rest on. `freeze` is called where that needs the file that is written to, for which it gives what that is now.
+    pub fn backing(&self, freeze: impl FnOnce() -> FrozenFile) -> Backing {
+        match &self.kind {
+            Kind::File(_) => Base::Frozen(Arc::new(freeze())).into(),
+            Kind::Layered { top, backing } => {
+                let mut backing = backing.clone();
+                if !top.has.is_empty() {
+                    let has = top.has.clone();
+                    let blocks = freeze();
+                    backing.layers.push(Arc::new(Layer { has, blocks }));
+                }
+                backing
+            }
         }
     }
 
@@ -120,20 +198,21 @@ impl Stack {
 
     /// Where `block` is, and the end of the run of blocks from it on to before `end` that are there as well.
     fn place(&self, block: u64, mut end: u64) -> (Place<'_>, u64) {
-        for overlay in self.overlays.iter().rev() {
-            if overlay.has.has(block) {
-                return (
-                    Place::File(&overlay.file),
-                    overlay.has.find(block..end, false),
-                );
-            }
-            end = overlay.has.find(block..end, true);
-        }
-        let place = match &self.base {
-            Base::File(file) => Place::File(file),
-            Base::Saved(source) => Place::Saved(&**source),
+        let (top, backing) = match &self.kind {
+            Kind::File(file) => return (Place::File(file), end),
+            Kind::Layered { top, backing } => (top, backing),
         };
-        (place, end)
+        if top.has.has(block) {
+            return (Place::File(&top.file), top.has.find(block..end, false));
+        }
+        end = top.has.find(block..end, true);
+        for Layer { has, blocks } in backing.layers.iter().rev().map(|layer| &**layer) {
+            if has.has(block) {
+                return (Place::Source(blocks), has.find(block..end, false));
+            }
+            end = has.find(block..end, true);
+        }
+        (Place::Source(backing.base.source()), end)
     }
 
     /// Reads from `offset` on, which lies with all of `slices` on the disk.
@@ -146,7 +225,7 @@ impl Stack {
             let mut part = split_front(slices, usize::try_from(here).unwrap_or(usize::MAX));
             match place {
                 Place::File(file) => read_exactly(file, &mut part, offset)?,
-                Place::Saved(source) => read_saved(source, part, offset)?,
+                Place::Source(source) => read_source(source, part, offset)?,
             }
             offset += here;
         }
@@ -156,26 +235,22 @@ impl Stack {
     /// Reads a block of the disk.
     pub fn read_block(&self, block: u64, bytes: &mut BlockBytes) -> io::Result<()> {
         match self.place(block, block + 1) {
-            (Place::Saved(source), _) => source.read(block, bytes),
-            (Place::File(file), _) => {
-                let offset = block * BLOCK;
-                let len = usize::try_from(self.bytes.saturating_sub(offset)).unwrap_or(PAGE_SIZE);
-                let (on_disk, behind) = bytes.split_at_mut(len.min(PAGE_SIZE));
-                behind.fill(0);
-                file.read_exact_at(on_disk, offset).map_err(shorter)
-            }
+            (Place::Source(source), _) => source.read(block, bytes),
+            (Place::File(file), _) => read_block_of(file, block, self.bytes, bytes),
         }
     }
 
     /// The next run of blocks from `from` on that need not be zero.
     pub fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
-        let mut next = match &self.base {
-            Base::Saved(source) => source.next_data(from),
-            Base::File(file) => data_in_file(file, from, self.bytes)?,
+        let (top, backing) = match &self.kind {
+            Kind::File(file) => return data_in_file(file, from, self.bytes),
+            Kind::Layered { top, backing } => (top, backing),
         };
-        for overlay in &self.overlays {
+        let mut next = backing.base.source().next_data(from)?;
+        let layers = backing.layers.iter().map(|layer| &layer.has);
+        for has in layers.chain([&top.has]) {
             let before = next.as_ref().map_or(self.blocks(), |run| run.start);
-            next = overlay.has.run(from..before).or(next);
+            next = has.run(from..before).or(next);
         }
         Ok(next)
     }
@@ -183,8 +258,9 @@ impl Stack {
     /// Writes from `offset` on. What fails may have been done in part, as on any disk.
     pub fn write(&self, slices: &mut Vec<GuestSlice>, offset: u64) -> io::Result<()> {
         let len = total_len(slices);
-        let Some(top) = self.overlays.last() else {
-            return write_all(self.base_file()?, slices, offset);
+        let top = match &self.kind {
+            Kind::File(file) => return write_all(file, slices, offset),
+            Kind::Layered { top, .. } => top,
         };
         self.copy_edges_up(top, offset, len)?;
         write_all(&top.file, slices, offset)?;
@@ -194,10 +270,10 @@ impl Stack {
 
     /// Waits until the file has what was written. Overlays end with their sandbox: nobody has use for them after a crash.
     pub fn flush(&self) -> io::Result<()> {
-        if self.overlays.is_empty() {
-            self.base_file()?.sync_data()?;
+        match &self.kind {
+            Kind::File(file) => file.sync_data(),
+            Kind::Layered { .. } => Ok(()),
         }
-        Ok(())
     }
 
     /// Gives room back to the host, if its file system can. A discarded range then reads as zeroes.
@@ -209,8 +285,9 @@ impl Stack {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(false),
             Err(errno) => Err(io::Error::from(errno)),
         };
-        let Some(top) = self.overlays.last() else {
-            return done(fallocate(self.base_file()?, punch, offset, len)).map(drop);
+        let top = match &self.kind {
+            Kind::File(file) => return done(fallocate(file, punch, offset, len)).map(drop),
+            Kind::Layered { top, .. } => top,
         };
         let end = if offset + len == self.bytes {
             self.blocks()
@@ -229,8 +306,9 @@ impl Stack {
 
     /// Makes a range zero; with `unmap`, it need not keep its room.
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        let Some(top) = self.overlays.last() else {
-            return zero(self.base_file()?, offset, len, unmap);
+        let top = match &self.kind {
+            Kind::File(file) => return zero(file, offset, len, unmap),
+            Kind::Layered { top, .. } => top,
         };
         self.copy_edges_up(top, offset, len)?;
         zero(&top.file, offset, len, true)?;
@@ -253,14 +331,20 @@ impl Stack {
         }
         Ok(())
     }
+}
 
-    /// The file, where nothing is on it.
-    fn base_file(&self) -> io::Result<&File> {
-        match &self.base {
-            Base::File(file) => Ok(file),
-            Base::Saved(_) => Err(ErrorKind::ReadOnlyFilesystem.into()),
-        }
-    }
+/// Reads a block of a disk of `disk_bytes` bytes that is where it belongs in `file`.
+pub(super) fn read_block_of(
+    file: &File,
+    block: u64,
+    disk_bytes: u64,
+    bytes: &mut BlockBytes,
+) -> io::Result<()> {
+    let offset = block * BLOCK;
+    let len = usize::try_from(disk_bytes.saturating_sub(offset)).unwrap_or(PAGE_SIZE);
+    let (on_disk, behind) = bytes.split_at_mut(len.min(PAGE_SIZE));
+    behind.fill(0);
+    file.read_exact_at(on_disk, offset).map_err(shorter)
 }
 
 fn shorter(error: io::Error) -> io::Error {
@@ -282,7 +366,7 @@ fn read_exactly(file: &File, slices: &mut Vec<GuestSlice>, mut offset: u64) -> i
     Ok(())
 }
 
-fn read_saved(
+fn read_source(
     source: &dyn BlockSource,
     mut slices: Vec<GuestSlice>,
     mut offset: u64,
@@ -335,7 +419,7 @@ fn zero(file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
 }
 
 /// The next run of blocks that are not all hole. Where holes cannot be told, as on a block device, there are none.
-fn data_in_file(file: &File, from: u64, bytes: u64) -> io::Result<Option<Range<u64>>> {
+pub(super) fn data_in_file(file: &File, from: u64, bytes: u64) -> io::Result<Option<Range<u64>>> {
     let blocks = bytes.div_ceil(BLOCK);
     let mut at = from * BLOCK;
     while at < bytes {
