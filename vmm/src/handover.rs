@@ -1,7 +1,7 @@
 //! What a parent hands to the process of a child: a description and open files, over a Unix socket.
 //!
 //! On the socket: the description's length as four bytes, least significant first, and the description as JSON. The files come with the
-//! first byte, as descriptors: the state, then the layers of memory, the root first. Whoever is at the other end runs as the same user, in the same program.
+//! first byte, as descriptors: the state, then the layers of memory, the root first, then what disks consist of. Whoever is at the other end runs as the same user, in the same program.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,17 +18,17 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use serde::{Deserialize, Serialize};
-use snapshot_fmt::chain::DEPTH_MAX;
 use snapshot_fmt::digest::Digest;
 use snapshot_fmt::manifest::{Machine, Programs};
 
 use crate::control::types::ChildView;
 use crate::sandbox::budget::Budget;
 use crate::sandbox::record::BranchPoint;
+use crate::snapshot::shared_disk::DiskParts;
 use crate::warm::WarmRuntime;
 
-/// Most files: the state, and as many layers as a chain may have.
-const FILES_MAX: usize = DEPTH_MAX + 1;
+/// Most files: as many as a message can have (Linux, unix(7), `SCM_MAX_FD`).
+pub const FILES_MAX: usize = 253;
 /// How long a child may take to say that it is ready. It gives up by itself before.
 const PATIENCE: Duration = Duration::from_secs(240);
 /// Longest word of a child, in bytes: an error may have the end of the guest's console.
@@ -57,6 +57,8 @@ pub struct Handover {
     pub warm: Option<WarmRuntime>,
     /// The snapshot that its memory begins with, if it does with one of the user's: the store, and its id there.
     pub base: Option<(PathBuf, Digest)>,
+    /// Its disks, but for those that are as that snapshot has them.
+    pub disks: Vec<DiskParts>,
     /// How many files come with this.
     pub files: usize,
     /// When its parent was asked for it: [`crate::timings::monotonic_ns`].
@@ -241,6 +243,7 @@ mod tests {
             programs: Programs::default(),
             warm: None,
             base: None,
+            disks: Vec::new(),
             files: 0,
             since: 1,
         }

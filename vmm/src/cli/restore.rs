@@ -75,10 +75,7 @@ fn open(args: &RestoreArgs) -> Result<Saved, CliError> {
 fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
     let since = monotonic_ns();
     let saved = open(args)?;
-    if saved.mode != Mode::Map
-        || !saved.backings.is_empty()
-        || !saved.pages().working_set.is_empty()
-    {
+    if saved.mode != Mode::Map || !saved.pages().working_set.is_empty() {
         return Ok(None);
     }
     let (Some(base), Some(shell)) = (
@@ -97,6 +94,7 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
         programs: saved.programs.clone(),
         warm: saved.warm.as_ref().and_then(|warm| warm.try_into().ok()),
         base: Some(base.place()),
+        disks: Vec::new(),
         files: 0,
         since,
     };

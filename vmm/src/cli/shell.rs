@@ -83,9 +83,6 @@ fn be(args: &ShellArgs, parent: &Parent) -> Result<u8, CliError> {
     };
     // However long it has waited for this.
     let start = Instant::now();
-    let mut files = files.into_iter();
-    let state = files.next();
-    let state = state.ok_or_else(|| broken(io::Error::other("no state was sent")))?;
     let bad = |error: SnapshotError| CliError::BadInput(error.to_string());
     let base = handover
         .base
@@ -95,8 +92,8 @@ fn be(args: &ShellArgs, parent: &Parent) -> Result<u8, CliError> {
         machine: handover.machine,
         programs: handover.programs,
         warm: handover.warm.as_ref().map(Into::into),
-        state,
-        layers: files.collect(),
+        files,
+        disks: handover.disks,
         base: base.transpose().map_err(bad)?,
     };
     let saved = begun.open().map_err(bad)?;

@@ -3,17 +3,16 @@
 //! Each child is a process of its own that is handed the moment. It says when its guest's agent has become its own, and lives on
 //! by itself when it is told that all of them have: there are all children of a call, or none.
 
-use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
-use snapshot_fmt::chain::{Chain, DEPTH_MAX};
+use snapshot_fmt::chain::DEPTH_MAX;
 
 use super::routes::{Control, client_is_gone};
 use super::snapshot::{code, programs};
 use super::types::{BranchRequest, BranchView, ErrorBody, ErrorCode};
-use crate::handover::{Handover, Unborn};
+use crate::handover::{FILES_MAX, Handover, Unborn};
 use crate::host;
 use crate::pool::{self, new_shell};
 use crate::sandbox::{check_name, runtime_dir};
@@ -110,10 +109,6 @@ impl Control {
             .map_err(|over| ErrorBody::new(ErrorCode::Conflict, over.to_string()))?;
         let (start, since) = (Instant::now(), monotonic_ns());
         let machine = self.machine()?;
-        if !machine.disks().is_empty() {
-            let message = "its guest may write to a drive, and children cannot share that yet: save the sandbox (vmm snapshot), and restore it as often as you want children";
-            return Err(ErrorBody::new(ErrorCode::Conflict, message));
-        }
         let past = self.snapshots.past();
         let origin = past.origin();
         if origin.is_some_and(|origin| origin.layers().len() >= DEPTH_MAX) {
@@ -133,13 +128,15 @@ impl Control {
             programs: programs(&self.record),
             warm: self.record.warm.clone(),
             base: past.base.as_ref().map(Base::place),
+            disks: Vec::new(),
             files: 0,
             since,
         };
         handover.labels.extend(request.labels);
 
         let agent = self.agent();
-        let freezing = freeze(&machine, agent.as_ref(), origin).map_err(refused)?;
+        let (dir, name) = (self.paths.dir(), format!("branch-{since}"));
+        let freezing = freeze(&machine, agent.as_ref(), origin, dir, &name).map_err(refused)?;
         // Their processes start while memory is written: before, they would have made the pause longer.
         let mut shells = pool::take(&runtime_dir(), &handover.machine, count).into_iter();
         let mut children = (1..=count)
@@ -155,12 +152,12 @@ impl Control {
             .finish(&|| client_is_gone(client))
             .map_err(refused)?;
         drop(machine);
-        let layers = origin.map_or(&[][..], Chain::layers).iter();
-        let files: Vec<&File> = [&point.state]
-            .into_iter()
-            .chain(layers.map(|layer| layer.file()))
-            .chain([&point.memory])
-            .collect();
+        let files = point.files(origin);
+        if files.len() > FILES_MAX {
+            let message = "the sandbox's memory and drives rest on too many of those that it branched off: save it (vmm snapshot --full) and restore that";
+            return Err(ErrorBody::new(ErrorCode::Conflict, message));
+        }
+        handover.disks = point.disks.iter().map(|disk| disk.parts).collect();
         let mut send = |child: &mut Unborn| -> io::Result<()> {
             if child.send(&mut handover, &files).is_err() {
                 // A shell of the pool may have died since.

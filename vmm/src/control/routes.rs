@@ -39,7 +39,7 @@ const FORCE_PATIENCE: Duration = Duration::from_secs(5);
 /// What the API acts on.
 pub struct Control {
     pub(super) record: Record,
-    paths: SandboxPaths,
+    pub(super) paths: SandboxPaths,
     timings: Arc<Timings>,
     pub(super) metrics: Metrics,
     /// It ends where the machine does.

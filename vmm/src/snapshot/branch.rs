@@ -1,9 +1,8 @@
 //! A running machine's moment, in memory files, for machines that go on from it: its children.
 //!
 //! It is a snapshot that never sees a disk: the state, and a layer over what the machine's own memory began with. Children map the layers privately,
-//! so they share what none of them writes to. The files live as long as anybody has them open or mapped, whoever of the family dies first.
+//! so they share what none of them writes to. The guest's own disks are shared likewise ([`super::shared_disk`]). The files live as long as anybody has them open or mapped, whoever of the family dies first.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -19,6 +18,7 @@ use super::SnapshotError;
 use super::memory_layer::Lineage;
 use super::restore::{Base, Saved};
 use super::save::{self, Frozen, Times};
+use super::shared_disk::{DiskParts, DiskToShare, FrozenBacking, SharedDisk};
 use crate::agent::Agent;
 use crate::machine::Machine;
 use crate::pager::Mode;
@@ -29,6 +29,8 @@ pub struct Point {
     pub state: File,
     /// The layer over what memory began with.
     pub memory: File,
+    /// The disks that the guest may write to.
+    pub disks: Vec<SharedDisk>,
     /// What that came to.
     pub summary: LayerSummary,
     /// How long it took.
@@ -36,36 +38,39 @@ pub struct Point {
 }
 
 /// An empty file in memory.
-fn memory_file(name: &str) -> Result<File, SnapshotError> {
-    let file = memfd_create(name, MemfdFlags::CLOEXEC).map_err(|errno| SnapshotError::Io {
+pub(super) fn memory_file(name: &str) -> io::Result<File> {
+    Ok(File::from(memfd_create(name, MemfdFlags::CLOEXEC)?))
+}
+
+/// An empty file in memory that is called as one of a snapshot.
+fn file_of(name: &str) -> Result<File, SnapshotError> {
+    memory_file(name).map_err(|source| SnapshotError::Io {
         path: name.into(),
-        source: errno.into(),
-    })?;
-    Ok(File::from(file))
+        source,
+    })
 }
 
 /// A moment of which the memory is still being written. The machine runs on already.
 pub struct Freezing {
-    frozen: Frozen,
+    frozen: Frozen<Vec<FrozenBacking>>,
     memory: File,
 }
 
-/// Freezes `machine`, whose memory began with `origin`. It stands still for its state only.
+/// Freezes `machine`, whose memory began with `origin`. It stands still for its state only. What its disks are is kept in the file system of `dir`, under no
+/// name; `name` is nobody else's there meanwhile.
 pub fn freeze(
     machine: &Machine,
     agent: Option<&Agent>,
     origin: Option<&Chain>,
+    dir: &Path,
+    name: &str,
 ) -> Result<Freezing, SnapshotError> {
-    let memory = memory_file(MEMORY)?;
+    let memory = file_of(MEMORY)?;
+    let disks = DiskToShare::all(machine.disks(), dir, name)?;
     let lineage = Lineage::over_origin(origin);
-    let frozen = save::freeze(
-        machine,
-        agent,
-        &memory,
-        Path::new(MEMORY),
-        lineage,
-        Vec::new(),
-    )?;
+    let frozen = save::freeze(machine, agent, &memory, Path::new(MEMORY), lineage, || {
+        disks.into_iter().map(DiskToShare::freeze).collect()
+    })?;
     Ok(Freezing { frozen, memory })
 }
 
@@ -73,8 +78,10 @@ impl Freezing {
     /// Waits until everything is written, or `is_given_up` says that nobody wants it any more.
     pub fn finish(self, is_given_up: &dyn Fn() -> bool) -> Result<Point, SnapshotError> {
         let Self { frozen, memory } = self;
-        let state = memory_file(STATE)?;
+        let state = file_of(STATE)?;
         state_file::write(&state, Path::new(STATE), &frozen.state)?;
+        let disks = frozen.disks.into_iter().map(FrozenBacking::pack);
+        let disks = disks.collect::<Result<_, _>>()?;
         let summary = frozen
             .memory
             .finish(is_given_up)
@@ -82,9 +89,23 @@ impl Freezing {
         Ok(Point {
             state,
             memory,
+            disks,
             summary,
             times: frozen.clock.stop(),
         })
+    }
+}
+
+impl Point {
+    /// The files that a child needs, whose parent's memory began with `origin`: [`Begun::files`].
+    pub fn files<'a>(&'a self, origin: Option<&'a Chain>) -> Vec<&'a File> {
+        let layers = origin.map_or(&[][..], Chain::layers).iter();
+        [&self.state]
+            .into_iter()
+            .chain(layers.map(|layer| layer.file()))
+            .chain([&self.memory])
+            .chain(self.disks.iter().flat_map(SharedDisk::files))
+            .collect()
     }
 }
 
@@ -96,10 +117,10 @@ pub struct Begun {
     pub programs: Programs,
     /// The interpreter that stands ready in it.
     pub warm: Option<Warm>,
-    /// A state file.
-    pub state: File,
-    /// The layers of its memory, the root first.
-    pub layers: Vec<File>,
+    /// A state file; the layers of its memory, the root first; those of its disks.
+    pub files: Vec<File>,
+    /// Its disks, but for those that are as the snapshot has them.
+    pub disks: Vec<DiskParts>,
     /// The snapshot that the first layers are.
     pub base: Option<Base>,
 }
@@ -107,24 +128,46 @@ pub struct Begun {
 impl Begun {
     /// Opens it. Everything is checked as in a snapshot's files.
     pub fn open(self) -> Result<Saved, SnapshotError> {
-        let (state, _) = state_file::read(self.state, Path::new(STATE))?;
-        let layers = self
-            .layers
-            .into_iter()
+        let Self {
+            machine,
+            programs,
+            warm,
+            mut files,
+            disks,
+            base,
+        } = self;
+        let wrong = |what: &str| SnapshotError::Description {
+            what: what.to_owned(),
+        };
+        let of_disks = disks.iter().map(DiskParts::files);
+        let of_disks = of_disks.fold(0, usize::saturating_add);
+        let first = files.len().checked_sub(of_disks);
+        let first = first.ok_or_else(|| wrong("a disk has too few files"))?;
+        let mut of_disks = files.split_off(first).into_iter();
+        let mut files = files.into_iter();
+        let state = files.next().ok_or_else(|| wrong("it has no state"))?;
+        let (state, _) = state_file::read(state, Path::new(STATE))?;
+        let layers = files
             .map(|file| Layer::open(file, Path::new(MEMORY)))
             .collect::<Result<_, _>>()?;
         let chain =
             Chain::new(layers).map_err(|error| SnapshotError::Memory(io::Error::other(error)))?;
+        let mut backings = base.as_ref().map(Base::backings).unwrap_or_default();
+        for disk in disks {
+            let below = backings.remove(&disk.drive);
+            let backing = disk.open(&mut of_disks, &machine, below)?;
+            backings.insert(disk.drive, backing);
+        }
         Ok(Saved {
             state: Arc::new(state),
             memory: Arc::new(chain),
-            backings: BTreeMap::new(),
+            backings,
             mode: Mode::Map,
-            machine: self.machine,
-            programs: self.programs,
-            warm: self.warm,
+            machine,
+            programs,
+            warm,
             working_set: None,
-            base: self.base,
+            base,
         })
     }
 }

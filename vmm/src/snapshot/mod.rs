@@ -10,6 +10,7 @@ pub mod disk_layer;
 pub mod memory_layer;
 pub mod restore;
 pub mod save;
+pub mod shared_disk;
 
 use std::io;
 use std::path::PathBuf;
@@ -46,6 +47,14 @@ pub enum SnapshotError {
         /// Its number.
         drive: usize,
         /// What the system said.
+        source: io::Error,
+    },
+    /// A disk cannot go to another process, or has not come from one as it was.
+    #[error("cannot hand over drive {drive}: {source}")]
+    SharedDisk {
+        /// Its number.
+        drive: usize,
+        /// What was wrong.
         source: io::Error,
     },
     /// A file of it cannot be read.

@@ -15,7 +15,7 @@ use snapshot_fmt::state_file;
 
 use super::SnapshotError;
 use super::description::cpu;
-use super::disk_layer::{DiskChains, DiskToSave, FrozenDisk};
+use super::disk_layer::{DiskChains, DiskToSave};
 use super::memory_layer::{LayerInProgress, Lineage};
 use crate::agent::{Agent, Quiet};
 use crate::devices::virtio::blk::backup::Moment;
@@ -97,14 +97,14 @@ pub fn take(order: Order<'_>, store: &Store) -> Result<Taken, SnapshotError> {
     })
 }
 
-/// A machine at one moment. It runs on already.
-pub struct Frozen {
+/// A machine at one moment, with its disks as `D`. It runs on already.
+pub struct Frozen<D> {
     /// All but memory.
     pub state: MachineState,
     /// Memory, which is being written.
     pub memory: LayerInProgress,
-    /// The disks that were to be saved, likewise.
-    pub disks: Vec<FrozenDisk>,
+    /// Its disks.
+    pub disks: D,
     /// How long it stood still.
     pub clock: Clock,
 }
@@ -130,23 +130,22 @@ impl Clock {
     }
 }
 
-/// Has `machine` stand still for its state, and its memory of that moment be written to `layer`, which `path` names in messages.
-pub fn freeze(
+/// Has `machine` stand still for its state and for `disks`, and its memory of that moment be written to `layer`, which `path` names in messages.
+pub fn freeze<D>(
     machine: &Machine,
     agent: Option<&Agent>,
     layer: &File,
     path: &Path,
     lineage: Lineage<'_>,
-    disks: Vec<DiskToSave>,
-) -> Result<Frozen, SnapshotError> {
+    disks: impl FnOnce() -> D,
+) -> Result<Frozen<D>, SnapshotError> {
     let quiet = agent.map(Agent::quiesce);
     let start = Instant::now();
     let frozen = machine.freeze(|mut state: MachineState| {
         state.settle_agent(quiet.as_ref().and_then(Quiet::state));
         let had = start.elapsed();
         let memory = LayerInProgress::begin(machine.memory(), layer, path, lineage);
-        let disks = disks.into_iter().map(DiskToSave::freeze).collect();
-        (state, memory, disks, had, start.elapsed())
+        (state, memory, disks(), had, start.elapsed())
     })?;
     let pause = start.elapsed();
     let (state, memory, disks, had, freeze) = frozen;
@@ -194,7 +193,12 @@ fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
         &layer,
         &layer_path,
         order.lineage,
-        disks,
+        || {
+            disks
+                .into_iter()
+                .map(DiskToSave::freeze)
+                .collect::<Vec<_>>()
+        },
     )?;
     let state = state_file::write(&state_file, &state_path, &frozen.state)?;
     state_file.sync_all().map_err(|source| SnapshotError::Io {
