@@ -2,6 +2,8 @@
 
 #[path = "branch/children.rs"]
 mod children;
+#[path = "branch/drives.rs"]
+mod drives;
 #[path = "branch/explore.rs"]
 mod explore;
 #[path = "snapshot/guest.rs"]
@@ -10,6 +12,8 @@ mod guest;
 mod pool;
 #[path = "branch/rollback.rs"]
 mod rollback;
+#[path = "snapshot/raw_disk.rs"]
+mod raw_disk;
 
 use std::process::ExitCode;
 
@@ -38,6 +42,7 @@ fn main() -> ExitCode {
             rollback::to_a_snapshot,
         ),
         test("differences_are_counted", Guest, rollback::differences),
+        test("each_child_has_drives_of_its_own", Guest, drives::family),
         test("a_pool_gives_its_processes_away", Guest, pool::serves),
         test("the_first_success_is_kept", Guest, explore::first_success),
         test("the_best_score_is_kept", Guest, explore::score),

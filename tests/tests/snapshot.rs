@@ -16,6 +16,8 @@ mod guest;
 mod kept_boots;
 #[path = "snapshot/programs.rs"]
 mod programs;
+#[path = "snapshot/raw_disk.rs"]
+mod raw_disk;
 #[path = "snapshot/refusals.rs"]
 mod refusals;
 

@@ -1,47 +1,12 @@
 //! Disks that the guest writes to, in snapshots: each is what it was when memory was, and each copy has its own.
 
 use std::fs;
-use std::path::Path;
 
 use libtest_mimic::Failed;
 use tests::sandboxes::{Host, wait_for};
 
 use crate::guest::{SHAPE, python, remove, wait_for_growth, words};
-
-/// Runs a shell's words as root.
-fn root(host: &Host, name: &str, script: &str) -> Result<String, Failed> {
-    let output = host.ok(&["exec", name, "--user", "root", "--", "sh", "-c", script])?;
-    Ok(output.stdout)
-}
-
-/// Writes a word at a page of the disk.
-fn write(host: &Host, name: &str, page: u32, word: &str) -> Result<(), Failed> {
-    let dd = format!(
-        "printf %s {word} | dd of=/dev/vda bs=4096 seek={page} conv=fsync,notrunc 2>/dev/null"
-    );
-    root(host, name, &dd).map(drop)
-}
-
-/// Fails unless the disk's first pages have these words, as the device has them.
-fn expect(host: &Host, name: &str, words: &[&str]) -> Result<(), Failed> {
-    let count = words.len();
-    let dd = format!("dd if=/dev/vda bs=4096 count={count} iflag=direct 2>/dev/null | tr -d '\\0'");
-    let found = root(host, name, &dd)?;
-    if found == words.concat() {
-        return Ok(());
-    }
-    Err(format!("{name} has {found:?} on its disk, not {words:?}").into())
-}
-
-fn expect_file(disk: &Path, words: &[&str]) -> Result<(), Failed> {
-    let mut bytes = fs::read(disk)?;
-    bytes.retain(|byte| *byte != 0);
-    if bytes == words.concat().as_bytes() {
-        return Ok(());
-    }
-    let found = String::from_utf8_lossy(&bytes);
-    Err(format!("the file has {found:?}, not {words:?}").into())
-}
+use crate::raw_disk::{expect, expect_file, write};
 
 /// Copies have what was written before, and what they write is neither the others' nor the file's.
 pub fn copies() -> Result<(), Failed> {
@@ -93,7 +58,11 @@ pub fn one_moment() -> Result<(), Failed> {
     fs::write(&disk, vec![0; 64 << 10])?;
     let drive = ["--drive", &disk.to_string_lossy()];
     host.ok(&[&["start", "one"], &SHAPE[..], &drive].concat())?;
-    root(&host, "one", "chmod 666 /dev/vda")?;
+    host.ok(&[
+        &["exec", "one", "--user", "root", "--"][..],
+        &["chmod", "666", "/dev/vda"],
+    ]
+    .concat())?;
     let writer = "
 PAGES = 16
 def write():
@@ -119,20 +88,33 @@ go_on(write)
         host.ok(&["snapshot", "one", name])?;
         wait_for_growth(&host, "one", "/tmp/passes", 1)?;
     }
-    remove(&host, &["one"])?;
+    let right = |name: &str| -> Result<(), Failed> {
+        // The pass of the moment, and a whole one.
+        wait_for_growth(&host, name, "/tmp/passes", 2)?;
+        match words(&host, name, "/tmp/passes")? {
+            [_, 0] => Ok(()),
+            [passes, wrong] => {
+                Err(format!("{name}: pages were wrong {wrong} times in {passes}").into())
+            }
+        }
+    };
+    host.ok(&["branch", "one", "child"])?;
+    right("one")?;
+    right("child")?;
+    remove(&host, &["one", "child"])?;
     let left = fs::read(&disk)?;
     for (snapshot, pages) in [("first", "fault"), ("second", "map"), ("third", "map")] {
         host.ok(&["restore", snapshot, "copy", "--pages", pages])?;
         if snapshot == "second" {
             host.ok(&["snapshot", "copy", "third"])?;
         }
-        // The pass in which it was saved, and a whole one.
-        wait_for_growth(&host, "copy", "/tmp/passes", 2)?;
-        let [passes, wrong] = words(&host, "copy", "/tmp/passes")?;
-        remove(&host, &["copy"])?;
-        if wrong != 0 {
-            return Err(format!("{snapshot}: pages were wrong {wrong} times in {passes}").into());
+        if snapshot == "third" {
+            host.ok(&["branch", "copy", "child"])?;
+            right("child")?;
+            remove(&host, &["child"])?;
         }
+        right("copy")?;
+        remove(&host, &["copy"])?;
     }
     if fs::read(&disk)? != left {
         return Err("a copy has written to the file".into());
