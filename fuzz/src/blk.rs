@@ -9,6 +9,7 @@ use std::sync::Arc;
 use arbitrary::Arbitrary;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vmm::devices::virtio::blk::backup::{Moment, Preparation};
+use vmm::devices::virtio::blk::share::Sharing;
 use vmm::devices::virtio::blk::stack::{BLOCK, BlockBytes, BlockSource};
 use vmm::devices::virtio::blk::{Block, BlockConfig, Disk};
 use vmm::devices::virtio::testing::{r, w};
@@ -27,11 +28,13 @@ const READ_ONLY: u8 = 1;
 const RESTORED: u8 = 2;
 /// The disk is saved as it is before the first step, while they are taken.
 const MOMENT: u8 = 4;
+/// Another disk rests on what it is half way.
+const SHARED: u8 = 8;
 
 /// A disk and steps of its driver.
 #[derive(Arbitrary, Clone, Debug)]
 pub struct Input {
-    /// [`READ_ONLY`], or [`RESTORED`]; and [`MOMENT`].
+    /// [`READ_ONLY`], or [`RESTORED`]; and [`MOMENT`], and [`SHARED`] where it is not read-only.
     kind: u8,
     steps: Vec<BlkStep>,
 }
@@ -100,6 +103,14 @@ fn begin(disk: &Arc<Disk>) -> Moment {
     Preparation::new(disk, scratch).begin()
 }
 
+/// A disk that rests on what `disk` is now.
+fn child(disk: &Arc<Disk>) -> Arc<Disk> {
+    let sharing = Sharing::new(disk, memory_file()).expect("a shared disk");
+    let (dir, name) = (std::env::temp_dir(), std::process::id().to_string());
+    let child = Disk::over(sharing.begin(), SECTORS, &dir, &name);
+    Arc::new(child.expect("a child's disk"))
+}
+
 fn content(moment: &Moment) -> Vec<u8> {
     let mut bytes = [0; BLOCK as usize];
     (0..moment.blocks())
@@ -135,10 +146,18 @@ pub fn run(input: &Input) {
     };
     let mut guest = Guest::new(Block::new(config).expect("a device"));
     guest.restart(true);
-    for step in input.steps.iter().take(MAX_STEPS) {
-        take(&mut guest, step);
-    }
+    let steps = &input.steps[..input.steps.len().min(MAX_STEPS)];
+    let (before, after) = steps.split_at(steps.len() / 2);
+    before.iter().for_each(|step| take(&mut guest, step));
+    let child = (input.kind & SHARED != 0 && !read_only).then(|| {
+        guest.driver.run();
+        (child(&disk), content(&begin(&disk)))
+    });
+    after.iter().for_each(|step| take(&mut guest, step));
     guest.driver.run();
+    if let Some((child, then)) = child {
+        assert!(content(&begin(&child)) == then, "the child is another now");
+    }
     guest.check_memory();
     if let Some(moment) = moment {
         assert!(content(&moment) == image, "the moment is another now");

@@ -43,6 +43,23 @@ impl Backup {
         }
     }
 
+    /// Whether other processes read it.
+    pub(super) fn is_shared(&self) -> bool {
+        self.shared
+    }
+
+    /// Whether nothing was changed since its moment.
+    pub(super) fn is_untouched(&self) -> bool {
+        self.failure.get().is_none() && self.saved.is_empty()
+    }
+
+    /// The file, for other processes. Until they have closed it, it is used.
+    pub(super) fn reader(&self) -> io::Result<File> {
+        let reader = frozen::reader_of(&self.file)?;
+        frozen::use_saved(&reader)?;
+        Ok(reader)
+    }
+
     /// Whether anybody may still read it.
     pub(super) fn is_used(&self) -> bool {
         !self.shared || (self.failure.get().is_none() && frozen::is_used(&self.file))

@@ -29,6 +29,9 @@ pub struct Disk {
     live: Mutex<Live>,
 }
 
+/// A backup for others, and how they read the file that is written to with it.
+pub(super) type Reading = (Arc<Backup>, FrozenFile);
+
 struct Live {
     stack: Arc<Stack>,
     /// What was changed since the disk was last saved, or since it was made.
@@ -193,16 +196,26 @@ impl Disk {
         (Arc::clone(&live.stack), before)
     }
 
-    /// What the disk is now, for other processes to rest on. From now on `backup` gets what is changed, if those need it: then `frozen` is how they read the file
-    /// that is written to.
-    pub(super) fn share(&self, backup: Arc<Backup>, frozen: FrozenFile) -> Backing {
+    /// What others share already, if nothing was changed since.
+    pub(super) fn unchanged_since(&self) -> Option<Arc<Backup>> {
+        let live = self.lock();
+        let shared = live.backups.iter().rev().find(|backup| backup.is_shared());
+        shared.filter(|backup| backup.is_untouched()).cloned()
+    }
+
+    /// What the disk is now, for other processes to rest on. From now on the backup of `new` gets what is changed, if those need it; or that of `again`, which is in use, goes on
+    /// doing so, if nothing was changed since. Each comes with how others read the file that is written to.
+    pub(super) fn share(&self, new: Reading, again: Option<Reading>) -> Backing {
         let mut live = self.lock();
+        let again = again.filter(|(backup, _)| backup.is_untouched());
+        let is_new = again.is_none();
+        let (backup, frozen) = again.unwrap_or(new);
         let mut used = None;
         let backing = live.stack.backing(|| {
             used = Some(backup);
             frozen
         });
-        live.backups.extend(used);
+        live.backups.extend(used.filter(|_| is_new));
         backing
     }
 

@@ -1,6 +1,7 @@
 //! Disks that rest on another's moment, under drivers that behave: whoever of them writes, the others are what they were.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -97,7 +98,7 @@ fn children_read_while_the_parent_writes() {
             }
         });
         let reader = scope.spawn(|| {
-            for _ in 0..3000 {
+            for _ in 0..1000 {
                 let Base::Frozen(file) = share(&parent).base else {
                     panic!("no file of its own");
                 };
@@ -179,6 +180,37 @@ fn nothing_is_saved_for_those_that_are_gone() {
     drop(grandchild);
     assert_eq!(zero(&mut own, 11, 8, 8), OK);
     assert_eq!(all(&mut own)[8 * 512..16 * 512], [0; PAGE_SIZE]);
+}
+
+#[test]
+fn moments_without_a_write_between_them_share_what_is_saved() {
+    for parent in parents() {
+        let mut own = driver(&parent);
+        let before = all(&mut own);
+        let inode = |backing: &Backing| {
+            let file = match (&backing.base, backing.layers.last()) {
+                (_, Some(layer)) => layer.blocks.files()[1],
+                (Base::Frozen(file), None) => file.files()[1],
+                _ => panic!("nothing is shared"),
+            };
+            file.metadata().unwrap().ino()
+        };
+        let first = share(&parent);
+        let second = share(&parent);
+        assert_eq!(inode(&first), inode(&second));
+        drop(first);
+        assert_eq!(write(&mut own, 12, &[1; 512]), OK);
+        let third = share(&parent);
+        assert_ne!(inode(&second), inode(&third));
+        assert_eq!(all(&mut driver(&child(second))), before);
+        let now = all(&mut own);
+        assert_eq!(write(&mut own, 12, &[2; 512]), OK);
+        assert_eq!(all(&mut driver(&child(third))), now);
+        // What is before it is not in use any more.
+        let fourth = share(&parent);
+        assert_eq!(write(&mut own, 0, &[3; LEN]), OK);
+        assert_ne!(all(&mut driver(&child(fourth))), [3; LEN]);
+    }
 }
 
 #[test]
