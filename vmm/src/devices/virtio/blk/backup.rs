@@ -65,9 +65,10 @@ impl Backup {
         !self.shared || (self.failure.get().is_none() && frozen::is_used(&self.file))
     }
 
-    /// Whether one of `blocks` has not been saved.
-    pub(super) fn lacks(&self, blocks: Range<u64>) -> bool {
-        self.failure.get().is_none() && self.saved.find(blocks.clone(), false) < blocks.end
+    /// Whether it is to be looked whether it is used, before `blocks` are changed: that has a price, or no more use.
+    pub(super) fn is_in_doubt(&self, blocks: Range<u64>) -> bool {
+        let lacks = || self.saved.find(blocks.clone(), false) < blocks.end;
+        self.shared && (self.failure.get().is_some() || lacks())
     }
 
     /// Saves those of `blocks` that are not saved yet, as `stack` has them.
@@ -106,10 +107,12 @@ impl Backup {
 
     fn fail(&self, error: &io::Error) {
         if self.shared {
+            // First: that makes room, for the log as well.
+            let told = frozen::give_up(&self.file);
             log::warn!(
                 "what a drive was cannot be kept for the sandboxes that branched off ({error}): they cannot read it any more"
             );
-            if let Err(error) = frozen::give_up(&self.file) {
+            if let Err(error) = told {
                 log::error!("nor can they be told: {error}");
             }
         }

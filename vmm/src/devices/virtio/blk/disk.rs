@@ -238,8 +238,8 @@ impl Disk {
 
 impl Live {
     fn will_change(&mut self, blocks: Range<u64>) {
-        let lacks = |backup: &Arc<Backup>| backup.lacks(blocks.clone());
-        if self.backups.iter().any(lacks) {
+        let in_doubt = |backup: &Arc<Backup>| backup.is_in_doubt(blocks.clone());
+        if self.backups.iter().any(in_doubt) {
             self.backups.retain(|backup| backup.is_used());
         }
         for backup in &self.backups {
