@@ -168,9 +168,17 @@ impl BlockMap {
 
 impl Clone for BlockMap {
     fn clone(&self) -> Self {
-        let copy = Self::new(self.blocks);
-        copy.merge(self);
-        copy
+        let word = |word: &AtomicU64| AtomicU64::new(word.load(Ordering::SeqCst));
+        let copy = |part: &Part| Box::new(std::array::from_fn(|at| word(&part[at])));
+        let parts = self.parts.iter();
+        let parts = parts.map(|part| {
+            part.get()
+                .map_or_else(OnceLock::new, |part| copy(part).into())
+        });
+        Self {
+            parts: parts.collect(),
+            blocks: self.blocks,
+        }
     }
 }
 
