@@ -10,10 +10,10 @@ mod explore;
 mod guest;
 #[path = "branch/pool.rs"]
 mod pool;
-#[path = "branch/rollback.rs"]
-mod rollback;
 #[path = "snapshot/raw_disk.rs"]
 mod raw_disk;
+#[path = "branch/rollback.rs"]
+mod rollback;
 
 use std::process::ExitCode;
 

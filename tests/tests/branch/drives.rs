@@ -29,6 +29,7 @@ pub fn family() -> Result<(), Failed> {
 
 /// The parent writes to its user's file. It may be killed at any time, and the file is not free before all are gone who read it.
 fn own_file(host: &Host, disk: &Path) -> Result<(), Failed> {
+    host.refused(&["rollback", "one", "base"], &["drive 1 is in a file"])?;
     write(host, "one", 1, "before")?;
     host.ok(&["branch", "one", "kid", "-n", "2"])?;
     write(host, "one", 1, "parent")?;
@@ -90,10 +91,23 @@ fn restored(host: &Host) -> Result<(), Failed> {
     host.ok(&explore.concat())?;
     host.ok(&["snapshot", "won", "of-won"])?;
     expect(host, "kid", &["zero", "", "before", "", "gone"])?;
+    // What it goes back from, others rest on.
+    host.ok(&["rollback", "kid"])?;
+    expect(host, "kid", &["zero", "", "before", "", ""])?;
+    expect(
+        host,
+        "grandkid",
+        &["zero", "", "before", "", "kid", "grandkid"],
+    )?;
+    write(host, "kid", 4, "again")?;
+    host.ok(&["snapshot", "kid", "of-kid"])?;
+    host.ok(&["rollback", "kid", "base"])?;
+    expect(host, "kid", &["zero", "", "", "", ""])?;
     remove(host, &["kid", "grandkid", "won"])?;
     host.ok(&["snap", "verify", "--all"])?;
     for (snapshot, third) in [
         ("of-one", ["latest", "latest", "", "", ""]),
+        ("of-kid", ["before", "", "again", "", ""]),
         ("of-grandkid-2", ["before", "", "kid", "grandkid", ""]),
         ("of-won", ["before", "", "kid", "grandkid", "won"]),
     ] {

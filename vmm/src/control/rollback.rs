@@ -58,11 +58,6 @@ impl Control {
     pub(super) fn rollback(&self, request: &RollbackRequest) -> Result<RollbackView, ErrorBody> {
         let start = Instant::now();
         let machine = self.machine()?;
-        if !machine.disks().is_empty() {
-            return Err(conflict(
-                "its guest may write to a drive, which does not go back: restore or branch it instead",
-            ));
-        }
         let ready = self.reception.listen().map_err(internal)?;
         let mut view = None;
         self.snapshots.change_past(|past| {
@@ -71,6 +66,8 @@ impl Control {
             let moment = Moment {
                 state: Arc::clone(&to.state),
                 pages: (!is_origin).then(|| to.pages()),
+                backings: to.backings.clone(),
+                dir: self.paths.dir().to_owned(),
             };
             let rewound = machine.rewind(moment).map_err(|error| match error {
                 RewindError::Pause(_) | RewindError::Quiesce(_) | RewindError::Broken(_) => {

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use snapshot_fmt::state::machine::DeviceStates;
@@ -12,6 +13,7 @@ use snapshot_fmt::state::virtio::VirtioDeviceState;
 use thiserror::Error;
 
 use super::serial::{SerialError, SerialPort};
+use super::virtio::blk::stack::Backing;
 use super::virtio::blk::{BlockError, Disk};
 use super::virtio::mmio::{MmioTransport, TransportError};
 use super::virtio::vsock::{Vsock, VsockError};
@@ -42,6 +44,9 @@ pub enum RewindDevicesError {
         /// How many there are.
         here: usize,
     },
+    /// A disk's content is missing.
+    #[error("drive {0} has no content to go back to")]
+    NoBacking(usize),
     /// The serial port.
     #[error(transparent)]
     Serial(#[from] SerialError),
@@ -72,13 +77,25 @@ impl LiveDevices {
 
     /// Makes them what they were when they were [saved](Self::save), under the same conditions. Clients lose their connections; returns the host's end of the
     /// one that the guest's agent had, if that goes on. Where it fails, they are neither what they were nor what they are to be.
-    pub fn rewind(&self, states: &DeviceStates) -> Result<Option<UnixStream>, RewindDevicesError> {
+    ///
+    /// The disks that the guest may write to go back to `backings`, by the numbers of their drives; what it writes from then on is kept in the directory `dir`.
+    pub fn rewind(
+        &self,
+        states: &DeviceStates,
+        backings: &BTreeMap<usize, Backing>,
+        dir: &Path,
+    ) -> Result<Option<UnixStream>, RewindDevicesError> {
         let (saved, here) = (states.virtio.len(), self.virtio.len());
         if saved != here {
             return Err(RewindDevicesError::Count { saved, here });
         }
         for transport in &self.virtio {
             lock(transport).stop();
+        }
+        for (&drive, disk) in &self.disks {
+            let backing = backings.get(&drive).cloned();
+            let backing = backing.ok_or(RewindDevicesError::NoBacking(drive))?;
+            disk.rewind(backing, dir, "rewound")?;
         }
         let mut agent_link = None;
         if let Some(vsock) = &self.vsock {

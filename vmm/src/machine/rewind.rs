@@ -3,7 +3,9 @@
 //! Everything stands still meanwhile. Memory goes back by dropping the copies that writing has made of its pages, where it began with that moment; otherwise the moment's pages are
 //! mapped anew. A machine that could not be taken all the way ends: it is neither what it was nor what it was to be.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
@@ -14,6 +16,8 @@ use vm_memory::GuestMemoryBackend;
 
 use super::{Machine, PAUSE_DEADLINE, PauseError};
 use crate::devices::live::RewindDevicesError;
+use crate::devices::virtio::blk::Disk;
+use crate::devices::virtio::blk::stack::Backing;
 use crate::event_loop::QuiesceError;
 use crate::exit::ExitReason;
 use crate::kvm::{KvmError, decoy::Decoy, platform};
@@ -28,6 +32,10 @@ pub struct Moment {
     pub state: Arc<MachineState>,
     /// Memory; none where it is what the machine's own began with.
     pub pages: Option<Pages>,
+    /// What the disks that the guest may write to are, by the numbers of their drives.
+    pub backings: BTreeMap<usize, Backing>,
+    /// A directory for what is written to them from then on.
+    pub dir: PathBuf,
 }
 
 /// How that went.
@@ -62,6 +70,11 @@ pub enum RewindError {
     /// Its memory began with zeros.
     #[error("its memory began with nothing: only memory that was saved can be gone back to")]
     NoOrigin,
+    /// A disk does not go back.
+    #[error(
+        "what its guest writes to drive {0} is in a file of its user's, which does not go back: start it from a snapshot, whose drives do"
+    )]
+    UsersFile(usize),
     /// Its memory is not of the kind.
     #[error(transparent)]
     Pager(PagerError),
@@ -94,7 +107,7 @@ pub enum Failure {
 }
 
 impl Machine {
-    /// Takes the machine back to `moment`, and has it run from there, whether it was paused or not. Its disks are left as they are.
+    /// Takes the machine back to `moment`, and has it run from there, whether it was paused or not.
     pub fn rewind(&self, moment: Moment) -> Result<Rewound, RewindError> {
         let (saved, here) = (moment.state.vcpus.len(), self.vcpus.len());
         if saved != here {
@@ -104,6 +117,10 @@ impl Machine {
             (None, None) => return Err(RewindError::NoOrigin),
             (None, Some(pager)) => pager.can_rewind().map_err(RewindError::Pager)?,
             (Some(_), _) => {}
+        }
+        let users_file = |(_, disk): &(&usize, &Arc<Disk>)| disk.is_users_file();
+        if let Some((&drive, _)) = self.devices.disks.iter().find(users_file) {
+            return Err(RewindError::UsersFile(drive));
         }
         let mut state = self.lock();
         let start = Instant::now();
@@ -129,7 +146,12 @@ impl Machine {
 
     /// Everything stands still. Returns how many pages have changed.
     fn go_back(&self, moment: Moment) -> Result<u64, Failure> {
-        let Moment { state, pages } = moment;
+        let Moment {
+            state,
+            pages,
+            backings,
+            dir,
+        } = moment;
         let mut pager = self.lock_pager();
         let changed = match (pages, &*pager) {
             (None, None) => 0,
@@ -145,7 +167,7 @@ impl Machine {
         if self.software {
             self.forget_shadows()?;
         }
-        self.load(&state)?;
+        self.load(&state, &backings, &dir)?;
         Ok(changed)
     }
 
@@ -177,7 +199,12 @@ impl Machine {
     }
 
     /// Processors and devices.
-    fn load(&self, state: &Arc<MachineState>) -> Result<(), Failure> {
+    fn load(
+        &self,
+        state: &Arc<MachineState>,
+        backings: &BTreeMap<usize, Backing>,
+        dir: &Path,
+    ) -> Result<(), Failure> {
         platform::restore(&self.vm, &state.platform)?;
         let answers: Vec<_> = self
             .vcpus
@@ -194,7 +221,7 @@ impl Machine {
                 answer
             })
             .collect();
-        let link = self.devices.rewind(&state.devices)?;
+        let link = self.devices.rewind(&state.devices, backings, dir)?;
         *self.lock_agent_link() = link;
         for (id, answer) in answers.into_iter().enumerate() {
             answer.recv().map_err(|_| Failure::Ended(id))??;

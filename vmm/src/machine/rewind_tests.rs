@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -128,6 +129,8 @@ fn going_back_with_four_pages() {
         .rewind(Moment {
             state: Arc::clone(&state),
             pages: None,
+            backings: BTreeMap::new(),
+            dir: PathBuf::new(),
         })
         .unwrap();
     machine.pause().unwrap();
@@ -147,6 +150,8 @@ fn going_back_with_four_pages() {
             let moment = Moment {
                 state: Arc::clone(&state),
                 pages: None,
+                backings: BTreeMap::new(),
+                dir: PathBuf::new(),
             };
             let rewound = machine.rewind(moment).unwrap();
             times.push(rewound.pause);

@@ -81,19 +81,27 @@ impl Disk {
         dir: &Path,
         name: &str,
     ) -> Result<Self, BlockError> {
-        let blocks = backing.blocks();
-        // Checked before anything is counted in bytes: both numbers come from files.
-        if sectors == 0 || sectors.div_ceil(BLOCK / SECTOR) != blocks {
-            return Err(BlockError::SavedBlocks { blocks, sectors });
-        }
-        let scratch = scratch_file(dir, name, blocks).map_err(|source| BlockError::Overlay {
-            dir: dir.to_owned(),
-            source,
-        })?;
-        let changed = backing.changed();
-        let disk = Self::new(Stack::over(backing, scratch, sectors * SECTOR), false);
+        let (stack, changed) = stack_over(backing, sectors, dir, name)?;
+        let disk = Self::new(stack, false);
         disk.add_changed(&changed);
         Ok(disk)
+    }
+
+    /// Goes back to `backing`, as if it were made [over](Self::over) that now. No request is half done, and nobody saves the disk meanwhile; those that rest on what it was keep
+    /// that.
+    pub fn rewind(&self, backing: Backing, dir: &Path, name: &str) -> Result<(), BlockError> {
+        let (stack, changed) = stack_over(backing, self.sectors(), dir, name)?;
+        let mut live = self.lock();
+        live.stack = Arc::new(stack);
+        live.changed = changed;
+        // Nobody writes any more to what they would be saved from.
+        live.backups.clear();
+        Ok(())
+    }
+
+    /// Whether what the guest writes goes into a file of its user's.
+    pub fn is_users_file(&self) -> bool {
+        self.reader.is_some()
     }
 
     /// [`Disk::over`] what was saved.
@@ -234,6 +242,26 @@ impl Disk {
     fn lock(&self) -> MutexGuard<'_, Live> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A disk of `sectors` sectors over `backing`, and what of it counts as changed.
+fn stack_over(
+    backing: Backing,
+    sectors: u64,
+    dir: &Path,
+    name: &str,
+) -> Result<(Stack, BlockMap), BlockError> {
+    let blocks = backing.blocks();
+    // Checked before anything is counted in bytes: both numbers come from files.
+    if sectors == 0 || sectors.div_ceil(BLOCK / SECTOR) != blocks {
+        return Err(BlockError::SavedBlocks { blocks, sectors });
+    }
+    let scratch = scratch_file(dir, name, blocks).map_err(|source| BlockError::Overlay {
+        dir: dir.to_owned(),
+        source,
+    })?;
+    let changed = backing.changed();
+    Ok((Stack::over(backing, scratch, sectors * SECTOR), changed))
 }
 
 impl Live {
