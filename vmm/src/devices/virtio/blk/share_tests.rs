@@ -183,6 +183,31 @@ fn nothing_is_saved_for_those_that_are_gone() {
 }
 
 #[test]
+fn a_generation_that_wrote_is_a_layer() {
+    let [parent, _] = parents();
+    let mut expected = all(&mut driver(&parent));
+    let mut disks = vec![parent];
+    for generation in 1..=16u8 {
+        let backing = share(&disks[disks.len() - 1]);
+        // The first one's file is at the bottom, and every second one has written something.
+        assert_eq!(backing.layers.len(), usize::from(generation - 1) / 2);
+        disks.push(child(backing));
+        let mut own = driver(&disks[disks.len() - 1]);
+        assert_eq!(all(&mut own), expected);
+        if generation % 2 == 0 {
+            let sector = u64::from(generation) * 7;
+            assert_eq!(write(&mut own, sector, &[generation; 1024]), OK);
+            let at = usize::try_from(sector * 512).unwrap();
+            expected[at..at + 1024].fill(generation);
+        }
+        // Nobody needs those above its parent to live.
+        if disks.len() > 2 {
+            disks.remove(0);
+        }
+    }
+}
+
+#[test]
 fn moments_without_a_write_between_them_share_what_is_saved() {
     for parent in parents() {
         let mut own = driver(&parent);
