@@ -93,12 +93,13 @@ impl EventLoop {
         })
     }
 
-    /// Waits until the loop stands still between two events; a loop that does stays so. Where that is not the case by
-    /// `deadline`, the loop runs on.
-    ///
-    /// The processors are to be paused first: what they have asked of the devices until then is either done or waits.
-    pub fn pause(&self, deadline: Instant) -> Result<(), QuiesceError> {
+    /// Asks the loop to stand still between two events. What comes meanwhile waits.
+    pub fn ask_to_pause(&self) {
         self.want(Wanted::Pause);
+    }
+
+    /// Waits until the loop, which was asked to, stands still. Where that is not the case by `deadline`, it runs on.
+    pub fn wait_paused(&self, deadline: Instant) -> Result<(), QuiesceError> {
         if self.gate.wait_parked(deadline) {
             return Ok(());
         }
@@ -196,6 +197,11 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(20);
 
+    fn pause(event_loop: &EventLoop, deadline: Instant) -> Result<(), QuiesceError> {
+        event_loop.ask_to_pause();
+        event_loop.wait_paused(deadline)
+    }
+
     fn soon() -> Instant {
         Instant::now() + LONG
     }
@@ -204,8 +210,8 @@ mod tests {
     fn a_paused_loop_serves_nothing_and_goes_on_after() {
         let running = start();
         for _ in 0..20 {
-            running.event_loop.pause(soon()).unwrap();
-            running.event_loop.pause(soon()).unwrap();
+            pause(&running.event_loop, soon()).unwrap();
+            pause(&running.event_loop, soon()).unwrap();
             running.event.write(1).unwrap();
             let early = running.begun.recv_timeout(Duration::from_millis(5));
             assert!(early.is_err(), "an event in the pause");
@@ -213,7 +219,7 @@ mod tests {
             running.begun.recv_timeout(LONG).unwrap();
             running.end.send(()).unwrap();
         }
-        running.event_loop.pause(soon()).unwrap();
+        pause(&running.event_loop, soon()).unwrap();
         // A loop that stands still ends as well.
         drop(running.event_loop);
     }
@@ -223,12 +229,12 @@ mod tests {
         let running = start();
         running.event.write(1).unwrap();
         running.begun.recv_timeout(LONG).unwrap();
-        assert!(running.event_loop.pause(Instant::now()).is_err());
+        assert!(pause(&running.event_loop, Instant::now()).is_err());
         running.end.send(()).unwrap();
         running.event.write(1).unwrap();
         running.begun.recv_timeout(LONG).unwrap();
         std::thread::scope(|scope| {
-            let pause = scope.spawn(|| running.event_loop.pause(soon()));
+            let pause = scope.spawn(|| pause(&running.event_loop, soon()));
             assert!(!pause.is_finished());
             running.end.send(()).unwrap();
             pause.join().unwrap().unwrap();

@@ -48,15 +48,23 @@ pub enum RunState {
 #[error("vCPU {0} did not stop within {PAUSE_DEADLINE:?}: the host is overloaded; the VM runs on")]
 pub struct PauseError(usize);
 
-/// Why a machine could not be saved. It runs on as before.
+/// Processors and devices did not stand still. They run on.
 #[derive(Debug, thiserror::Error)]
-pub enum SaveError {
+pub enum StandStillError {
     /// A processor did not stop.
     #[error(transparent)]
     Pause(#[from] PauseError),
     /// The devices did not come to rest.
     #[error(transparent)]
     Quiesce(#[from] QuiesceError),
+}
+
+/// Why a machine could not be saved. It runs on as before.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// It did not stand still.
+    #[error(transparent)]
+    StandStill(#[from] StandStillError),
     /// A processor's state cannot be had.
     #[error(transparent)]
     Vcpu(#[from] VcpuStateError),
@@ -201,6 +209,19 @@ impl Machine {
         Ok(())
     }
 
+    /// Has processors and devices stand still, side by side: what the ones still ask of the others waits. Where it fails the devices go on; the processors
+    /// are the caller's.
+    fn stand_still(&self, state: &mut RunState) -> Result<(), StandStillError> {
+        self.event_loop.ask_to_pause();
+        let deadline = Instant::now() + PAUSE_DEADLINE;
+        let stopped = self.stop(state).map_err(StandStillError::from);
+        let result = stopped.and_then(|()| Ok(self.event_loop.wait_paused(deadline)?));
+        if result.is_err() {
+            self.event_loop.resume();
+        }
+        result
+    }
+
     fn run_on(&self, state: &mut RunState) {
         self.vcpus.iter().for_each(VcpuThread::resume);
         *state = RunState::Running;
@@ -256,8 +277,7 @@ impl Machine {
         context: &Arc<SaveContext>,
         during: impl FnOnce(MachineState) -> T,
     ) -> Result<T, SaveError> {
-        self.stop(state)?;
-        self.event_loop.pause(Instant::now() + PAUSE_DEADLINE)?;
+        self.stand_still(state)?;
         let vcpus = self.save_vcpus(context)?;
         Ok(during(MachineState {
             vcpus,

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use snapshot_fmt::PAGE_BYTES;
+use zerocopy::IntoBytes;
 
 /// Bits of an entry (Linux, Documentation/admin-guide/mm/pagemap.rst): present, swapped out, of a file.
 const PRESENT: u64 = 1 << 63;
@@ -52,14 +53,11 @@ impl Pagemap {
 
     /// The entries of the pages `from` to before `to`, counted from the one at `address`.
     fn entries(&self, address: u64, from: usize, to: usize) -> io::Result<Vec<u64>> {
-        let mut bytes = vec![0; (to - from) * size_of::<u64>()];
+        let mut entries = vec![0u64; to - from];
         let first = address / PAGE_BYTES + from as u64;
         self.0
-            .read_exact_at(&mut bytes, first * size_of::<u64>() as u64)?;
-        let entries = bytes.chunks_exact(size_of::<u64>());
-        Ok(entries
-            .filter_map(|entry| entry.first_chunk().copied().map(u64::from_ne_bytes))
-            .collect())
+            .read_exact_at(entries.as_mut_bytes(), first * size_of::<u64>() as u64)?;
+        Ok(entries)
     }
 }
 

@@ -70,9 +70,7 @@ impl Control {
                 dir: self.paths.dir().to_owned(),
             };
             let rewound = machine.rewind(moment).map_err(|error| match error {
-                RewindError::Pause(_) | RewindError::Quiesce(_) | RewindError::Broken(_) => {
-                    internal(error)
-                }
+                RewindError::StandStill(_) | RewindError::Broken(_) => internal(error),
                 error => conflict(error),
             })?;
             // What it was asked and has not done will never be.

@@ -14,11 +14,10 @@ use snapshot_fmt::state::machine::MachineState;
 use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
 
-use super::{Machine, PAUSE_DEADLINE, PauseError};
+use super::{Machine, RunState, StandStillError};
 use crate::devices::live::RewindDevicesError;
 use crate::devices::virtio::blk::Disk;
 use crate::devices::virtio::blk::stack::Backing;
-use crate::event_loop::QuiesceError;
 use crate::exit::ExitReason;
 use crate::kvm::{KvmError, decoy::Decoy, platform};
 use crate::memory;
@@ -50,12 +49,9 @@ pub struct Rewound {
 /// Why a machine was not taken back.
 #[derive(Debug, Error)]
 pub enum RewindError {
-    /// A processor did not stop.
+    /// It did not stand still.
     #[error(transparent)]
-    Pause(#[from] PauseError),
-    /// The devices did not come to rest.
-    #[error(transparent)]
-    Quiesce(#[from] QuiesceError),
+    StandStill(#[from] StandStillError),
     /// A processor's thread is gone.
     #[error("vCPU {0} has ended: the sandbox ends")]
     Ended(usize),
@@ -124,13 +120,17 @@ impl Machine {
         }
         let mut state = self.lock();
         let start = Instant::now();
-        self.stop(&mut state)?;
-        let quiet = self.event_loop.pause(start + PAUSE_DEADLINE);
+        let before = *state;
+        if let Err(error) = self.stand_still(&mut state) {
+            if before == RunState::Running {
+                self.run_on(&mut state);
+            }
+            return Err(error.into());
+        }
         let ended = self.vcpus.iter().position(|vcpu| vcpu.has_ended());
-        let result = match (quiet, ended) {
-            (Err(error), _) => Err(error.into()),
-            (_, Some(id)) => Err(RewindError::Ended(id)),
-            _ => self.go_back(moment).map_err(RewindError::from),
+        let result = match ended {
+            Some(id) => Err(RewindError::Ended(id)),
+            None => self.go_back(moment).map_err(RewindError::from),
         };
         if let Err(RewindError::Broken(failure)) = &result {
             let why = format!("it cannot go back: {failure}");
