@@ -90,6 +90,9 @@ pub struct Machine {
     /// The context id of the guest's vsock device; absent where it has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_cid: Option<u32>,
+    /// Whether it has a lane.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lane: bool,
 }
 
 /// A range of guest memory.

@@ -1,5 +1,5 @@
 //! The file `golden/v1/machine.bin` is the state of a machine as version 1 of the format has it: every field of every type, none of
-//! them what it would be by default.
+//! them what it would be by default. `machine-lane.bin` has the lane as well, which came later.
 //!
 //! `WRITE_GOLDEN=1 cargo test -p snapshot-fmt --test golden_state` writes it. A field that is added has a default, the file stays as it is, and a second
 //! one beside it gets the field; any other change is a new version of the format.
@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use snapshot_fmt::state::agent::AgentState;
+use snapshot_fmt::state::lane::LaneState;
 use snapshot_fmt::state::machine::{DeviceStates, MachineState};
 use snapshot_fmt::state::platform::PlatformState;
 use snapshot_fmt::state::serial::SerialState;
@@ -19,8 +20,13 @@ use snapshot_fmt::state::virtio::{
 };
 use snapshot_fmt::state_file;
 
-fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1/machine.bin")
+const WITHOUT_LANE: &str = "machine.bin";
+const WITH_LANE: &str = "machine-lane.bin";
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden/v1")
+        .join(name)
 }
 
 fn vcpu() -> VcpuState {
@@ -84,6 +90,7 @@ fn vsock() -> VsockState {
             peer_buf_alloc: 6,
         }),
         ended: vec![ports(8, 9)],
+        reset: false,
     }
 }
 
@@ -130,6 +137,7 @@ fn machine() -> MachineState {
                 virtio(4, VirtioDeviceState::Rng),
                 virtio(19, VirtioDeviceState::Vsock(vsock())),
             ],
+            lane: None,
         },
         agent: Some(AgentState {
             min_version: 1,
@@ -144,27 +152,87 @@ fn machine() -> MachineState {
     }
 }
 
-fn write(path: &Path) {
-    state_file::write(&File::create(path).unwrap(), path, &machine()).unwrap();
-}
-
-#[test]
-fn a_machine_of_version_1_is_read() {
-    let path = golden();
-    let (read, _) = state_file::read::<MachineState>(File::open(&path).unwrap(), &path).unwrap();
-    assert_eq!(read, machine());
-}
-
-#[test]
-fn a_machine_of_version_1_is_written() {
-    if std::env::var_os("WRITE_GOLDEN").is_some() {
-        write(&golden());
+fn machine_with_lane() -> MachineState {
+    let mut machine = machine();
+    machine.devices.lane = Some(LaneState {
+        frame: 1 << 20,
+        open: true,
+        kept: true,
+    });
+    if let VirtioDeviceState::Vsock(vsock) = &mut machine.devices.virtio[3].device {
+        vsock.reset = true;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("machine.bin");
-    write(&path);
-    assert!(
-        fs::read(&path).unwrap() == fs::read(golden()).unwrap(),
-        "a machine is written otherwise than in version 1"
+    machine
+}
+
+fn files() -> [(&'static str, MachineState); 2] {
+    [(WITHOUT_LANE, machine()), (WITH_LANE, machine_with_lane())]
+}
+
+fn write(path: &Path, machine: &MachineState) {
+    state_file::write(&File::create(path).unwrap(), path, machine).unwrap();
+}
+
+#[test]
+fn machines_of_version_1_are_read() {
+    for (name, machine) in files() {
+        let path = golden(name);
+        let file = File::open(&path).unwrap();
+        let (read, _) = state_file::read::<MachineState>(file, &path).unwrap();
+        assert_eq!(read, machine, "{name}");
+    }
+}
+
+#[test]
+fn machines_of_version_1_are_written() {
+    for (name, machine) in files() {
+        if std::env::var_os("WRITE_GOLDEN").is_some() {
+            write(&golden(name), &machine);
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        write(&path, &machine);
+        assert!(
+            fs::read(&path).unwrap() == fs::read(golden(name)).unwrap(),
+            "{name} is written otherwise than in version 1"
+        );
+    }
+}
+
+#[test]
+fn an_agent_goes_on_only_with_what_it_talked_on() {
+    let agent = machine().agent;
+    let settled = |lane: Option<(bool, bool)>, agent| {
+        let mut machine = machine_with_lane();
+        machine.agent = None;
+        machine.devices.lane = lane.map(|(open, kept)| LaneState {
+            frame: 1,
+            open,
+            kept,
+        });
+        machine.settle_agent(agent);
+        let VirtioDeviceState::Vsock(vsock) = machine.devices.virtio[3].device.clone() else {
+            unreachable!("the fourth device is the socket device");
+        };
+        let lane = machine.devices.lane.is_some_and(|lane| lane.kept);
+        (
+            machine.agent.is_some(),
+            lane,
+            vsock.kept.is_some(),
+            vsock.ended.len(),
+        )
+    };
+    // Without a lane, or with one that nobody has open.
+    for lane in [None, Some((false, false))] {
+        assert_eq!(settled(lane, agent.clone()), (true, false, true, 1));
+        assert_eq!(settled(lane, None), (false, false, false, 0));
+    }
+    // On the lane, a connection by vsock is another's.
+    let lane = Some((true, true));
+    assert_eq!(settled(lane, agent.clone()), (true, true, false, 2));
+    assert_eq!(settled(lane, None), (false, false, false, 0));
+    assert_eq!(
+        settled(Some((true, false)), agent),
+        (false, false, false, 0)
     );
 }

@@ -126,6 +126,7 @@ fn add(
             cmdline: String::new(),
             drives: Vec::new(),
             vsock_cid: None,
+            lane: false,
         },
         programs: Default::default(),
         cpu: CpuFingerprint {

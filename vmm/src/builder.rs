@@ -21,6 +21,7 @@ use crate::arch::x86_64::kernel::{Kernel, KernelError, LoadedKernel};
 use crate::arch::x86_64::{layout, mptable};
 use crate::config::{ConfigError, VmConfig};
 use crate::devices::bus::BusError;
+use crate::devices::lane::LaneError;
 use crate::devices::serial::SerialError;
 use crate::devices::virtio::blk::BlockError;
 use crate::devices::virtio::blk::stack::Backing;
@@ -95,6 +96,9 @@ pub enum BuildError {
     /// The vsock device cannot be made.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// The lane cannot be made.
+    #[error(transparent)]
+    Lane(#[from] LaneError),
     /// A saved serial port cannot be continued.
     #[error(transparent)]
     Serial(#[from] SerialError),

@@ -123,6 +123,8 @@ pub struct VmConfig {
     pub drives: Vec<DriveConfig>,
     /// The vsock device, if there is one.
     pub vsock: Option<VsockConfig>,
+    /// Whether the guest's agent may call the host on the lane, which needs the vsock device's sockets.
+    pub lane: bool,
     /// Where the guest's console goes.
     pub console: ConsoleConfig,
 }
@@ -185,6 +187,7 @@ mod tests {
             cmdline: String::new(),
             drives: Vec::new(),
             vsock: None,
+            lane: false,
             console: ConsoleConfig::Kept,
         }
     }

@@ -239,6 +239,7 @@ mod tests {
                 cmdline: String::new(),
                 drives: Vec::new(),
                 vsock_cid: Some(3),
+                lane: false,
             },
             programs: Programs::default(),
             warm: None,

@@ -101,8 +101,11 @@ pub struct VsockState {
     pub next_host_port: u32,
     /// The connection that goes on. Without it the guest is told by one event to drop all that it has.
     pub kept: Option<VsockConnectionState>,
-    /// Beside a kept connection: those that end, with a packet each, once the guest has said something on the kept one.
+    /// Beside a kept connection, or a lane that is kept: those that end, with a packet each, once the guest has said something on that.
     pub ended: Vec<VsockPorts>,
+    /// The guest is to be told by one event that it has none, whatever else is kept.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reset: bool,
 }
 
 /// The ends of a connection.

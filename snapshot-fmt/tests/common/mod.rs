@@ -107,6 +107,7 @@ pub fn sample_manifest(files: Vec<FileEntry>) -> Manifest {
                 digest: None,
             }],
             vsock_cid: Some(3),
+            lane: false,
         },
         programs: Default::default(),
         cpu: CpuFingerprint {

@@ -9,7 +9,8 @@ use std::slice::Iter;
 use std::sync::{Arc, Mutex};
 
 use event_manager::MutEventSubscriber;
-use kvm_ioctls::{IoEventAddress, VmFd};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use snapshot_fmt::state::lane::LaneState;
 use snapshot_fmt::state::machine::DeviceStates;
 use snapshot_fmt::state::serial::SerialState;
 use snapshot_fmt::state::virtio::{VirtioDeviceState, VirtioMmioState, VirtioState};
@@ -21,6 +22,7 @@ use crate::arch::x86_64::layout;
 use crate::config::{ConsoleConfig, DriveConfig, DriveInterface, VmConfig, VsockConfig};
 use crate::console_log::ConsoleLog;
 use crate::devices::bus::Bus;
+use crate::devices::lane::{self, Lane, LaneConfig};
 use crate::devices::live::{Disks, LiveDevices};
 use crate::devices::serial::{ConsoleTail, Keyboard, SerialPort};
 use crate::devices::virtio::VirtioDevice;
@@ -79,6 +81,10 @@ pub(super) struct Devices<'a> {
     pub subscribers: Vec<Subscriber>,
     transports: Vec<Arc<Mutex<MmioTransport>>>,
     vsock: Option<Arc<Mutex<Vsock>>>,
+    lane: Option<Arc<Mutex<Lane>>>,
+    lane_doorbell: Option<EventFd>,
+    /// Told once a restored agent, which the lane has kept, has said something.
+    agent_spoken: Option<EventFd>,
     /// The host's end of the agent's connection, where a restored guest has kept it.
     pub agent_link: Option<UnixStream>,
     root: Option<Root>,
@@ -154,6 +160,9 @@ impl<'a> Devices<'a> {
             subscribers: Vec::new(),
             transports: Vec::new(),
             vsock: None,
+            lane: None,
+            lane_doorbell: None,
+            agent_spoken: None,
             agent_link: None,
             root: None,
             exit: ExitLatch::new()?,
@@ -166,8 +175,12 @@ impl<'a> Devices<'a> {
         for (index, drive) in config.drives.iter().enumerate() {
             devices.add_drive(index, drive)?;
         }
-        if let Some(config) = &config.vsock {
-            devices.add_vsock(config)?;
+        if let Some(vsock) = &config.vsock {
+            if config.lane {
+                let saved = saved.map(|saved| saved.lane.as_ref());
+                devices.add_lane(vsock, saved)?;
+            }
+            devices.add_vsock(vsock)?;
         }
         devices.add_rng()?;
         if devices.saved.as_mut().and_then(Iterator::next).is_some() {
@@ -179,6 +192,7 @@ impl<'a> Devices<'a> {
             serial,
             virtio: std::mem::take(&mut devices.transports),
             vsock: devices.vsock.take(),
+            lane: devices.lane.take(),
             disks: std::mem::take(&mut devices.disks),
         };
         Ok((devices, live))
@@ -315,6 +329,39 @@ impl<'a> Devices<'a> {
         Ok(file.file_system)
     }
 
+    /// The lane, new, or as it was `saved`.
+    fn add_lane(
+        &mut self,
+        vsock: &VsockConfig,
+        saved: Option<Option<&LaneState>>,
+    ) -> Result<(), BuildError> {
+        let config = LaneConfig {
+            socket_path: vsock.socket.clone(),
+            port: AGENT_PORT,
+        };
+        let memory = Arc::clone(&self.memory);
+        let irq = Arc::new(self.irq(layout::LANE_GSI)?);
+        let lane = match saved {
+            None => Lane::new(config, memory, irq)?,
+            Some(None) => return Err(BuildError::OtherDevices("the lane is new")),
+            Some(Some(state)) => {
+                let spoken = EventFd::new(EFD_NONBLOCK)?;
+                let told = spoken.try_clone()?;
+                let (lane, link) = Lane::restore(config, memory, irq, state, told)?;
+                self.agent_spoken = link.is_some().then_some(spoken);
+                self.agent_link = link;
+                lane
+            }
+        };
+        self.lane_doorbell = Some(lane.doorbell().try_clone()?);
+        let lane = Arc::new(Mutex::new(lane));
+        let (base, size) = (layout::LANE_START, lane::WINDOW_SIZE);
+        self.mmio.insert(base, size, Arc::clone(&lane) as _)?;
+        self.subscribers.push(Arc::clone(&lane) as _);
+        self.lane = Some(lane);
+        Ok(())
+    }
+
     fn add_vsock(&mut self, config: &VsockConfig) -> Result<(), BuildError> {
         let (cid, socket_path) = (config.cid, config.socket.clone());
         let config = vsock::VsockConfig {
@@ -328,8 +375,11 @@ impl<'a> Devices<'a> {
                 transport,
                 device: VirtioDeviceState::Vsock(state),
             }) => {
-                let (vsock, link) = Vsock::restore(config, state)?;
-                self.agent_link = link;
+                let (mut vsock, link) = Vsock::restore(config, state)?;
+                match self.agent_spoken.take() {
+                    Some(spoken) => vsock.hold_back(state, spoken),
+                    None => self.agent_link = link,
+                }
                 self.add_virtio(vsock, Some(transport))
             }
             Some(_) => Err(BuildError::OtherDevices("the vsock device is new")),
@@ -398,6 +448,10 @@ impl<'a> Devices<'a> {
                 WINDOW_SIZE
             ));
         }
+        if self.lane_doorbell.is_some() {
+            let (base, gsi) = (layout::LANE_START, layout::LANE_GSI);
+            words.push(format!("lane.device={base:#x}:{gsi}"));
+        }
         if let Some(root) = &self.root {
             let (device, pmem) = match root.interface {
                 DriveInterface::Block => ("vda", false),
@@ -424,6 +478,11 @@ impl<'a> Devices<'a> {
         for (gsi, line) in &self.irqs {
             vm.register_irqfd(line, *gsi)
                 .map_err(call_failed("KVM_IRQFD"))?;
+        }
+        if let Some(doorbell) = &self.lane_doorbell {
+            let at = IoEventAddress::Mmio(layout::LANE_START + lane::DOORBELL);
+            vm.register_ioevent(doorbell, &at, NoDatamatch)
+                .map_err(call_failed("KVM_IOEVENTFD"))?;
         }
         for (base, events) in &self.windows {
             let notify = IoEventAddress::Mmio(base + QUEUE_NOTIFY);

@@ -175,6 +175,7 @@ impl VmSpec {
             cmdline: self.cmdline.clone(),
             drives: self.drives(files.image),
             vsock: sandbox.map(vsock),
+            lane: self.lane && sandbox.is_some(),
             console,
         }
     }

@@ -44,6 +44,9 @@ pub struct VmArgs {
     /// Have an interpreter stand ready, with these modules imported: code of its language (--lang) then need not wait for one to start
     #[arg(long, value_name = "python[:MODULE,...]")]
     pub warm: Option<WarmRuntime>,
+    /// Have the guest's agent call by vsock, not on the lane: to measure the two side by side
+    #[arg(long, hide = true)]
+    pub no_lane: bool,
     /// Stop after this time, boot included: seconds, or with ms, s, m, h, d
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub timeout: Option<Duration>,

@@ -40,6 +40,8 @@ pub struct VmSpec {
     pub extra_drives: Vec<DriveArg>,
     /// Words to add to the kernel's command line.
     pub cmdline: String,
+    /// Whether its agent may use the lane.
+    pub lane: bool,
     /// How long the VM may live.
     pub timeout: Option<Duration>,
     /// Variables of every program's environment.
@@ -71,6 +73,7 @@ impl VmSpec {
             image_interface: DriveInterface::Pmem,
             extra_drives: Vec::new(),
             cmdline: String::new(),
+            lane: false,
             timeout: None,
             env: env.collect(),
             cwd: programs.cwd.clone(),
@@ -157,6 +160,7 @@ impl VmArgs {
             image_interface,
             extra_drives,
             cmdline: self.cmdline.clone().or(file.cmdline).unwrap_or_default(),
+            lane: !self.no_lane,
             timeout: self.timeout.or(file.timeout),
             env: env.collect(),
             cwd: file.agent.cwd,

@@ -12,6 +12,7 @@ use snapshot_fmt::state::machine::DeviceStates;
 use snapshot_fmt::state::virtio::VirtioDeviceState;
 use thiserror::Error;
 
+use super::lane::Lane;
 use super::serial::{SerialError, SerialPort};
 use super::virtio::blk::stack::Backing;
 use super::virtio::blk::{BlockError, Disk};
@@ -29,6 +30,8 @@ pub struct LiveDevices {
     pub virtio: Vec<Arc<Mutex<MmioTransport>>>,
     /// The one among them that has connections, if there is one.
     pub vsock: Option<Arc<Mutex<Vsock>>>,
+    /// The lane, if there is one.
+    pub lane: Option<Arc<Mutex<Lane>>>,
     /// What is behind the disks among them, where it can change.
     pub disks: Disks,
 }
@@ -72,6 +75,7 @@ impl LiveDevices {
                 .iter()
                 .map(|transport| lock(transport).save_with_device())
                 .collect(),
+            lane: self.lane.as_ref().map(|lane| lock(lane).save()),
         }
     }
 

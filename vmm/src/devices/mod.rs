@@ -7,6 +7,7 @@ pub mod bus;
 #[cfg(test)]
 mod hostile_tests;
 pub mod interrupt;
+pub mod lane;
 pub mod live;
 pub mod serial;
 pub mod virtio;

@@ -39,6 +39,7 @@ pub fn describe(config: &VmConfig, disks: &Disks) -> Result<Machine, SnapshotErr
             .map(|(number, drive)| describe_drive(drive, disks.get(&number)))
             .collect::<Result<_, _>>()?,
         vsock_cid: config.vsock.as_ref().map(|vsock| vsock.cid),
+        lane: config.lane,
     })
 }
 
@@ -136,6 +137,7 @@ pub fn config(
         cmdline: machine.cmdline.clone(),
         drives,
         vsock,
+        lane: machine.lane,
         console,
     })
 }
@@ -260,6 +262,7 @@ mod tests {
                 cid: 3,
                 socket: "vsock".into(),
             }),
+            lane: true,
             console: ConsoleConfig::Kept,
         }
     }

@@ -73,6 +73,7 @@ fn draft(store: &Store, parent: Option<&Snapshot>, pages: &[u64], fill: u8) -> (
                 digest: None,
             }],
             vsock_cid: None,
+            lane: false,
         },
         programs: Default::default(),
         cpu: CpuFingerprint {

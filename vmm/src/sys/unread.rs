@@ -4,6 +4,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+
 /// Memory in bytes that holds what the peer has not read, the kernel's own part included: 0 exactly where the peer has
 /// read everything.
 pub fn unread_by_peer(stream: &UnixStream) -> io::Result<u32> {
@@ -15,6 +18,12 @@ pub fn unread_by_peer(stream: &UnixStream) -> io::Result<u32> {
         return Err(io::Error::last_os_error());
     }
     u32::try_from(count).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// Whether both ends of a non-blocking stream are open and have read all there was.
+pub fn is_silent(stream: &UnixStream) -> bool {
+    let nothing_comes = recv(stream, &mut [0; 1][..], RecvFlags::PEEK) == Err(Errno::WOULDBLOCK);
+    nothing_comes && unread_by_peer(stream).is_ok_and(|count| count == 0)
 }
 
 #[cfg(test)]

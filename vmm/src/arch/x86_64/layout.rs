@@ -45,6 +45,11 @@ pub const GSI_MAX: u32 = 23;
 /// Two pages, in one of which there may be memory that nobody uses (`kvm/decoy.rs`).
 pub const DECOY_START: u64 = 0xe000_0000;
 
+/// Registers of the lane.
+pub const LANE_START: u64 = 0xd800_0000;
+/// Interrupt of the lane: a PC's COM2, which no machine here has.
+pub const LANE_GSI: u32 = 3;
+
 /// IOAPIC, as KVM's in-kernel model has it.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// Local APIC.

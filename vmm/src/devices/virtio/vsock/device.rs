@@ -27,6 +27,8 @@ const EVENT: usize = 2;
 pub(super) const QUEUE_SIZES: [u16; 3] = [16, 32, 8];
 /// Event data of the muxer, after those of the queues.
 const MUXER: u32 = 3;
+/// Event data of what the lane tells.
+const SPOKEN: u32 = 4;
 
 /// A guest's sockets.
 #[derive(Clone, Debug)]
@@ -70,6 +72,8 @@ pub struct Vsock {
     pub(super) kept_port: u32,
     pub(super) muxer: Muxer,
     pub(super) reset: Reset,
+    /// In a restored guest whose agent is on the lane: written to once that has said something.
+    pub(super) spoken: Option<EventFd>,
     events: Arc<[EventFd]>,
     active: Option<Activation>,
 }
@@ -98,6 +102,7 @@ impl Vsock {
             kept_port,
             muxer,
             reset: Reset::Over,
+            spoken: None,
             events,
             active: None,
         })
@@ -207,10 +212,19 @@ impl MutEventSubscriber for Vsock {
         if let Err(error) = ops.add(Events::with_data(&self.muxer, MUXER, EventSet::IN)) {
             log::error!("virtio-vsock: its sockets cannot be watched: {error:?}");
         }
+        if let Some(spoken) = &self.spoken
+            && let Err(error) = ops.add(Events::with_data(spoken, SPOKEN, EventSet::IN))
+        {
+            log::error!("virtio-vsock: the lane cannot be watched: {error:?}");
+        }
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         match usize::try_from(events.data()).ok() {
+            _ if events.data() == SPOKEN => {
+                let _ = self.spoken.as_ref().map(EventFd::read);
+                self.muxer.release(None);
+            }
             Some(queue) if queue < self.events.len() => {
                 // An empty counter is as good as a full one: the queue is looked at either way.
                 let _ = self.events[queue].read();

@@ -1,4 +1,4 @@
-//! The resets that a restored guest gets, held back until it has said something on the one connection that it kept.
+//! The resets that a restored guest gets, held back until it has said something on the one connection that it kept, which may be the lane's.
 //!
 //! The guest's agent kills the programs of a client that goes. Before it knows that it goes on from a snapshot, it would take
 //! the end of a connection for that.
@@ -10,14 +10,14 @@ use super::packet::{HOST_CID, Header, TYPE_STREAM, op};
 
 /// Connections that are no more, which the guest is not told yet.
 pub(super) struct Held {
-    /// What it says there lets them go, and so does the end of that connection.
-    pub kept: Key,
+    /// What it says there lets them go, and so does the end of that connection; none where that is the lane's.
+    pub kept: Option<Key>,
     ended: Vec<VsockPorts>,
 }
 
 impl Held {
     /// Those that `ended`, until the guest speaks on `kept`.
-    pub fn new(kept: Key, ended: &[VsockPorts]) -> Self {
+    pub fn new(kept: Option<Key>, ended: &[VsockPorts]) -> Self {
         let ended = ended.to_vec();
         Self { kept, ended }
     }

@@ -46,13 +46,18 @@ impl Listener {
 
     /// Connects to whoever listens for connections to `port` of the host.
     pub fn connect_to(&self, port: u32) -> io::Result<UnixStream> {
-        let mut path = OsString::from(&self.path);
-        path.push(format!("_{port}"));
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        connect(&socket, &SocketAddrUnix::new(&*path)?)?;
-        Ok(socket.into())
+        connect_to_host(&self.path, port)
     }
+}
+
+/// A non-blocking stream to whoever listens for connections to `port` of the host from the guest whose socket is at `path`.
+pub fn connect_to_host(path: &Path, port: u32) -> io::Result<UnixStream> {
+    let mut path = OsString::from(path);
+    path.push(format!("_{port}"));
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(&*path)?)?;
+    Ok(socket.into())
 }
 
 impl AsRawFd for Listener {

@@ -23,6 +23,7 @@ mod queue;
 mod state;
 
 pub use device::{Vsock, VsockConfig, VsockError};
+pub use listener::connect_to_host;
 
 #[cfg(test)]
 mod hostile_tests;

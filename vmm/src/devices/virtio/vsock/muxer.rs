@@ -138,12 +138,17 @@ impl Muxer {
         let id = self.new_id();
         self.watch(stream.as_raw_fd(), id)?;
         self.add(Connection::restored(id, stream, self.guest_cid, kept));
-        self.held = Some(Held::new(kept.ports.into(), ended));
+        self.hold_back(Held::new(Some(kept.ports.into()), ended));
         Ok(host)
     }
 
-    /// Lets go of the resets that waited for the connection `kept`.
-    fn release(&mut self, kept: Key) {
+    /// Holds back the resets of connections that have ended, and new clients.
+    pub fn hold_back(&mut self, held: Held) {
+        self.held = Some(held);
+    }
+
+    /// Lets go of the resets that waited for the connection `kept`; none for the lane's.
+    pub fn release(&mut self, kept: Option<Key>) {
         if let Some(held) = self.held.take_if(|held| held.kept == kept) {
             self.replies.extend(held.resets(self.guest_cid));
         }
@@ -182,7 +187,7 @@ impl Muxer {
             } else {
                 self.enqueue(key);
                 if header.op == op::RW && header.len > 0 {
-                    self.release(key);
+                    self.release(Some(key));
                 }
             }
         } else if known && held.is_some_and(|held| held.silences(key, header.op)) {
@@ -358,7 +363,7 @@ impl Muxer {
         if let Some((stream, buffer)) = connection.into_rest() {
             self.rests.insert(id, Rest { stream, buffer });
         }
-        self.release(key);
+        self.release(Some(key));
     }
 
     fn enqueue(&mut self, key: Key) {

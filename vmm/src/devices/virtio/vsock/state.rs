@@ -1,4 +1,4 @@
-//! What is saved of a guest's sockets: one connection at most, the agent's, and only while nothing is on its way on it.
+//! What is saved of a guest's sockets: one connection at most, the agent's where that has no lane, and only while nothing is on its way on it.
 //!
 //! The others end. Where one is kept, each of them ends with a reset of its own, but not before the guest has said something
 //! on the one that is kept: until then its agent may not know that it goes on from a snapshot, and would take a reset for the
@@ -8,7 +8,9 @@
 use std::os::unix::net::UnixStream;
 
 use snapshot_fmt::state::virtio::VsockState;
+use vmm_sys_util::eventfd::EventFd;
 
+use super::held::Held;
 use super::muxer::{BUFFER_SIZE, MAX_ENDED};
 use super::queue::Reset;
 use super::{Vsock, VsockConfig, VsockError};
@@ -18,9 +20,10 @@ impl Vsock {
     /// holds it may have read half of a message.
     pub fn save(&self) -> VsockState {
         let (kept, mut ended) = self.muxer.save(self.kept_port);
-        // One event ends any number.
-        let kept = kept.filter(|_| ended.len() <= MAX_ENDED);
-        if kept.is_none() {
+        // One event ends any number, and it is still to come where the guest has not dealt with the last one.
+        let reset = ended.len() > MAX_ENDED || self.reset != Reset::Over;
+        let kept = kept.filter(|_| !reset);
+        if reset {
             ended.clear();
         }
         VsockState {
@@ -28,6 +31,7 @@ impl Vsock {
             next_host_port: self.muxer.next_host_port,
             kept,
             ended,
+            reset,
         }
     }
 
@@ -68,5 +72,16 @@ impl Vsock {
         }
         let host = self.muxer.restore(kept, &state.ended);
         Ok(Some(host.map_err(VsockError::Stream)?))
+    }
+
+    /// In a device that was just restored from `state` and keeps no connection, while the lane keeps the agent's: until `spoken` is
+    /// written to, the resets of those that have ended, and new clients, wait.
+    pub fn hold_back(&mut self, state: &VsockState, spoken: EventFd) {
+        let is_bounded = state.ended.len() <= MAX_ENDED;
+        if state.cid == self.cid && state.kept.is_none() && !state.reset && is_bounded {
+            self.reset = Reset::Over;
+            self.muxer.hold_back(Held::new(None, &state.ended));
+            self.spoken = Some(spoken);
+        }
     }
 }

@@ -6,12 +6,10 @@
 use std::num::Wrapping;
 use std::os::unix::net::UnixStream;
 
-use rustix::io::Errno;
-use rustix::net::{RecvFlags, recv};
 use snapshot_fmt::state::virtio::{VsockConnectionState, VsockPorts};
 
 use super::{Connection, Key, Pending, State};
-use crate::sys::unread::unread_by_peer;
+use crate::sys::unread::is_silent;
 
 impl From<Key> for VsockPorts {
     fn from(key: Key) -> Self {
@@ -68,10 +66,4 @@ impl Connection {
         this.peer_buf_alloc = state.peer_buf_alloc;
         this
     }
-}
-
-/// Whether both ends of a non-blocking stream are open and have read all there was.
-fn is_silent(stream: &UnixStream) -> bool {
-    let nothing_comes = recv(stream, &mut [0; 1][..], RecvFlags::PEEK) == Err(Errno::WOULDBLOCK);
-    nothing_comes && unread_by_peer(stream).is_ok_and(|count| count == 0)
 }
