@@ -8,7 +8,6 @@
 mod code;
 mod end;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use guest_agent::frame::{FrameBuffer, FrameError};
@@ -17,6 +16,7 @@ use guest_agent::proto::{
     ShuttingDown, Started, Stream, ToAgent, from_agent::Kind, to_agent,
 };
 use guest_agent::version::{SUPPORTED, VersionRange};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 
@@ -29,6 +29,7 @@ use crate::program::Program;
 use crate::restored::{self, Prepared};
 use crate::sys::Ended;
 use crate::warm::{Outcome, Warm};
+use crate::wire::Wire;
 use crate::{runners, spawn};
 
 /// The most programs that may run at once for one connection.
@@ -57,7 +58,7 @@ pub struct Context<'a> {
 /// A client's connection.
 pub struct Connection {
     /// `None` once there is no client any more.
-    socket: Option<OwnedFd>,
+    wire: Option<Wire>,
     frames: FrameBuffer,
     output: Output,
     programs: Vec<Program>,
@@ -85,12 +86,12 @@ enum State {
 }
 
 impl Connection {
-    /// Greets a client. Its socket is non-blocking.
-    pub fn new(socket: OwnedFd, hello: Hello) -> Self {
+    /// Greets a client.
+    pub fn new(wire: Wire, hello: Hello) -> Self {
         let mut output = Output::default();
         output.push(0, Kind::Hello(hello));
         Self {
-            socket: Some(socket),
+            wire: Some(wire),
             frames: FrameBuffer::default(),
             output,
             programs: Vec::new(),
@@ -103,16 +104,16 @@ impl Connection {
     }
 
     /// Greets the host, to which the agent has connected.
-    pub fn link(socket: OwnedFd, hello: Hello) -> Self {
+    pub fn link(wire: Wire, hello: Hello) -> Self {
         Self {
             is_link: true,
-            ..Self::new(socket, hello)
+            ..Self::new(wire, hello)
         }
     }
 
-    /// The socket, as long as there is a client.
-    pub fn socket(&self) -> Option<BorrowedFd<'_>> {
-        self.socket.as_ref().map(AsFd::as_fd)
+    /// What the client is on, as long as there is one.
+    pub fn wire(&self) -> Option<&Wire> {
+        self.wire.as_ref()
     }
 
     /// The programs that run, in no particular order.
@@ -128,6 +129,14 @@ impl Connection {
     /// Whether there is something to send.
     pub fn wants_to_send(&self) -> bool {
         !self.output.is_empty()
+    }
+
+    /// What its stream is to be watched for.
+    pub fn wants(&self) -> PollFlags {
+        let mut flags = PollFlags::empty();
+        flags.set(PollFlags::IN, self.wants_requests());
+        flags.set(PollFlags::OUT, self.wants_to_send());
+        flags
     }
 
     /// Whether programs' output is to be read now.
@@ -146,10 +155,10 @@ impl Connection {
 
     /// Sends what can be sent now. Without a client, what there is to say is forgotten.
     pub fn flush(&mut self) {
-        match &self.socket {
+        match &self.wire {
             None => self.output.clear(),
-            Some(socket) => {
-                if let Err(errno) = self.output.flush(socket) {
+            Some(wire) => {
+                if let Err(errno) = self.output.flush(wire) {
                     self.broken(Some(errno));
                 }
             }
@@ -161,8 +170,8 @@ impl Connection {
         // More than one message's worth: each turn of the loop costs as much as many bytes.
         let room = context.scratch.len().min(2 * MAX_DATA);
         let room = context.scratch.get_mut(..room).unwrap_or_default();
-        let Some(socket) = &self.socket else { return };
-        match rustix::io::read(socket, room) {
+        let Some(wire) = &self.wire else { return };
+        match wire.read(room) {
             Ok(0) => return self.hung_up(),
             Ok(count) => {
                 let bytes = context.scratch.get(..count).unwrap_or_default();

@@ -105,15 +105,20 @@ fn keep_disk() -> Result<(), Errno> {
     mount_bind("/run", target)
 }
 
+/// Mounts the devices' nodes; says whether they are there.
+pub fn devices() -> bool {
+    // The kernel may have mounted devtmpfs below the layer; it is one file system, wherever it shows.
+    mount_fs("devtmpfs", "/dev", MountFlags::NOSUID, None)
+}
+
 /// Mounts what programs expect, and brings up the host name and the loopback interface.
-/// `has_run` says that /run is mounted already.
-pub fn the_rest(config: &InitConfig, has_run: bool) {
+/// `has_run` says that /run is mounted already, `has_dev` that devices' nodes are.
+pub fn the_rest(config: &InitConfig, has_run: bool, has_dev: bool) {
     let common = MountFlags::NOSUID | MountFlags::NOEXEC;
     let safe = common | MountFlags::NODEV;
     let public = Mode::from_raw_mode(0o755);
 
-    // The kernel may have mounted devtmpfs below the layer; it is one file system, wherever it shows.
-    if mount_fs("devtmpfs", "/dev", MountFlags::NOSUID, None) {
+    if has_dev {
         attempt("mkdir /dev/pts", mkdir("/dev/pts", public));
         attempt("mkdir /dev/shm", mkdir("/dev/shm", public));
         mount_fs(

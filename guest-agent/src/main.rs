@@ -13,6 +13,7 @@ mod failure;
 mod files;
 mod identity;
 mod init;
+mod lane;
 mod listen;
 mod loan;
 mod output;
@@ -26,13 +27,17 @@ mod source;
 mod spawn;
 mod sys;
 mod warm;
+mod window;
+mod wire;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use failure::Failure;
+use lane::Lane;
 use server::Server;
+use wire::Wire;
 
 const USAGE: &str = "\
 usage: guest-agent [--listen-unix PATH] [--dial-unix PATH]     as an ordinary process
@@ -103,14 +108,23 @@ fn run_as_init() -> Result<std::convert::Infallible, Failure> {
     let has_run = init::writable_root(&options.init);
     let mut server = Server::new(true)?;
     server.listen(listen::vsock()?);
-    if let Err(failure) = server.dial(Box::new(|| Ok(listen::dial_host()?))) {
+    let has_dev = init::devices();
+    if let Err(failure) = server.dial(Box::new(call_host)) {
         init::warn(&failure.message);
     }
-    init::the_rest(&options.init, has_run);
+    init::the_rest(&options.init, has_run, has_dev);
     if let Err(failure) = server.prepare_restored() {
         init::warn(&failure.message);
     }
     server.run()
+}
+
+/// Calls the host: on the lane where there is one, by vsock elsewhere.
+fn call_host() -> std::io::Result<Wire> {
+    match Lane::open() {
+        Ok(lane) => Ok(Wire::Lane(lane)),
+        Err(_) => Ok(Wire::socket(listen::dial_host()?)?),
+    }
 }
 
 fn run_as_process() -> Result<std::convert::Infallible, String> {
@@ -129,7 +143,9 @@ fn run_as_process() -> Result<std::convert::Infallible, String> {
         server.listen(listener);
     }
     if let Some(path) = options.dial_unix {
-        let dialled = server.dial(Box::new(move || listen::dial_unix(&path)));
+        let dialled = server.dial(Box::new(move || {
+            Ok(Wire::socket(listen::dial_unix(&path)?)?)
+        }));
         dialled.map_err(|failure| failure.message)?;
     }
     server.run().map_err(|failure| failure.message)

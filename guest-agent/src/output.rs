@@ -1,11 +1,11 @@
 //! What a connection still has to send: one buffer, kept and used again, since
 //! memory that was never touched costs a page fault each.
 
-use std::os::fd::AsFd;
-
 use guest_agent::frame;
 use guest_agent::proto::{FromAgent, from_agent::Kind};
 use rustix::io::Errno;
+
+use crate::wire::Wire;
 
 /// Above this many unsent bytes a connection makes no more of its own accord: it
 /// reads neither requests nor programs' output.
@@ -49,15 +49,15 @@ impl Output {
         self.sent = 0;
     }
 
-    /// Sends what the socket takes now.
+    /// Sends what the stream takes now.
     ///
     /// # Errors
-    /// The error of the socket: the client is gone.
-    pub fn flush(&mut self, socket: impl AsFd) -> Result<(), Errno> {
+    /// The error of the stream: the client is gone.
+    pub fn flush(&mut self, wire: &Wire) -> Result<(), Errno> {
         let mut most = usize::MAX;
         while let Some(rest @ [_, ..]) = self.bytes.get(self.sent..) {
             let (now, _) = rest.split_at(rest.len().min(most));
-            match rustix::io::write(&socket, now) {
+            match wire.write(now) {
                 Ok(sent) => self.sent += sent,
                 // It says nothing of the client.
                 Err(Errno::NOMEM | Errno::NOBUFS) if most > SMALL => most = SMALL,

@@ -1,31 +1,36 @@
-//! The agent's only loop: one thread polls clients, pipes and signals.
+//! The agent's only loop: one thread polls clients, pipes and signals, and looks at the lane before it sleeps.
 //!
 //! Invariant of a turn: pipes first, then children, so that a program whose output
 //! has ended is reported in the turn in which it is reaped; then clients; and at the
 //! end everything that this has produced is sent, in one write per client.
 
 use std::convert::Infallible;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
 use guest_agent::proto::{Feature, Hello, MAX_DATA, Shutdown, Stream};
 use guest_agent::version::SUPPORTED;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::{Errno, ioctl_fionbio};
+use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::cgroup::{Cgroup, Cgroups};
 use crate::connection::{Connection, Context};
 use crate::failure::Failure;
+use crate::lane::Lane;
 use crate::program::{Program, STDIN_WINDOW};
 use crate::restored::Prepared;
 use crate::signals::Signals;
 use crate::warm::{Warm, Which};
+use crate::wire::Wire;
 use crate::{power, sys};
 
 /// The most clients at once; more wait in the listener's queue.
 const MAX_CLIENTS: usize = 256;
+
+/// How often in a row the lane may be served alone: a turn that asks the kernel costs as much as many that do not.
+const LANE_TURNS: u32 = 16;
 
 /// Four times what is ever used: an allocation that the fresh heap cannot hold is a mapping of its own,
 /// whose pages cost nothing until they are touched; a smaller one is cleared, page by page.
@@ -44,7 +49,7 @@ enum Token {
 }
 
 /// Opens a connection to the host.
-pub type Dial = Box<dyn Fn() -> std::io::Result<OwnedFd>>;
+pub type Dial = Box<dyn Fn() -> std::io::Result<Wire>>;
 
 /// Everything that the agent serves.
 pub struct Server {
@@ -62,6 +67,8 @@ pub struct Server {
     /// Control groups that are to be removed as soon as their last process is gone.
     remains: Vec<Cgroup>,
     prepared: Prepared,
+    /// How often in a row only the lane was looked at.
+    lane_turns: u32,
     shutdown: Option<Shutdown>,
 }
 
@@ -88,6 +95,7 @@ impl Server {
             warm: Warm::default(),
             remains: Vec::new(),
             prepared: Prepared::default(),
+            lane_turns: 0,
             shutdown: None,
         })
     }
@@ -117,10 +125,8 @@ impl Server {
     }
 
     fn call(&mut self, dial: &Dial) -> Result<(), Failure> {
-        let socket =
-            dial().map_err(|error| Failure::internal("nobody on the host's port", error))?;
-        ioctl_fionbio(&socket, true).map_err(|errno| Failure::internal("FIONBIO", errno))?;
-        let mut connection = Connection::link(socket, self.hello());
+        let wire = dial().map_err(|error| Failure::internal("nobody on the host's port", error))?;
+        let mut connection = Connection::link(wire, self.hello());
         connection.flush();
         self.connections.push(connection);
         Ok(())
@@ -172,8 +178,54 @@ impl Server {
         }
     }
 
-    /// Waits until something is ready, and lists it: pipes, signals, clients, listeners.
-    fn wait(&self, ready: &mut Vec<(Token, PollFlags)>) -> Result<(), Failure> {
+    /// The client on the lane, what it waits for, and the lane.
+    fn lane(&self) -> Option<(usize, PollFlags, &Lane)> {
+        let mut connections = self.connections.iter().enumerate();
+        connections.find_map(|(index, connection)| {
+            let lane = connection.wire()?.lane()?;
+            Some((index, connection.wants(), lane))
+        })
+    }
+
+    /// Waits until something is ready, and lists it.
+    ///
+    /// The lane is looked at first, without the kernel, and for a while after something has come on it; unless a program runs, which may be what
+    /// the processor is for. Others have their turn after some of the lane's.
+    fn wait(&mut self, ready: &mut Vec<(Token, PollFlags)>) -> Result<(), Failure> {
+        ready.clear();
+        let turns = std::mem::take(&mut self.lane_turns);
+        let Some((index, wants, lane)) = self.lane() else {
+            return self.poll(ready);
+        };
+        let mut now = PollFlags::empty();
+        if turns < LANE_TURNS {
+            now = lane.ready(wants);
+            let is_quiet = self.connections.iter().all(|c| c.programs().is_empty());
+            if now.is_empty() && turns > 0 && is_quiet {
+                now = lane.spin(wants);
+            }
+        }
+        if now.is_empty() {
+            now = lane.sleep(wants);
+            if now.is_empty() || turns >= LANE_TURNS {
+                let result = self.poll(ready);
+                if let Some((_, _, lane)) = self.lane() {
+                    lane.awake();
+                }
+                // What it was that came decides whether there is more to look for.
+                let is_lanes = |(token, _): &(Token, PollFlags)| matches!(token, Token::Client(client) if *client == index);
+                self.lane_turns = ready.iter().any(is_lanes).into();
+                return result;
+            }
+            lane.awake();
+        }
+        ready.push((Token::Client(index), now));
+        self.lane_turns = turns + 1;
+        Ok(())
+    }
+
+    /// Sleeps until something is ready, and lists it: pipes, signals, clients, listeners.
+    fn poll(&self, ready: &mut Vec<(Token, PollFlags)>) -> Result<(), Failure> {
         let mut tokens = Vec::new();
         let mut fds = Vec::new();
         let input = PollFlags::IN;
@@ -205,15 +257,12 @@ impl Server {
         fds.push(PollFd::from_borrowed_fd(self.signals.fd(), input));
         let mut clients = 0;
         for (index, connection) in self.connections.iter().enumerate() {
-            let Some(socket) = connection.socket() else {
+            let Some(wire) = connection.wire() else {
                 continue;
             };
             clients += 1;
-            let mut flags = PollFlags::empty();
-            flags.set(input, connection.wants_requests());
-            flags.set(PollFlags::OUT, connection.wants_to_send());
             tokens.push(Token::Client(index));
-            fds.push(PollFd::from_borrowed_fd(socket, flags));
+            fds.push(PollFd::from_borrowed_fd(wire.as_fd(), connection.wants()));
         }
         if clients < MAX_CLIENTS {
             for (index, listener) in self.listeners.iter().enumerate() {
@@ -227,7 +276,6 @@ impl Server {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(Failure::internal("poll", errno)),
         }
-        ready.clear();
         ready.extend(
             tokens
                 .into_iter()
@@ -259,7 +307,7 @@ impl Server {
                 Token::Listener(index) => {
                     // One per turn; the rest makes the listener ready again.
                     if let Some(socket) = self.accept(index) {
-                        let connection = Connection::new(socket, self.hello());
+                        let connection = Connection::new(Wire::Socket(socket), self.hello());
                         self.connections.push(connection);
                     }
                 }
@@ -274,13 +322,17 @@ impl Server {
             connection.report(&mut self.scratch);
             if connection.wants_to_send() {
                 connection.flush();
+                if connection.wire().is_some_and(|wire| wire.lane().is_some()) {
+                    // Who is told something often has something to say next.
+                    self.lane_turns = self.lane_turns.max(1);
+                }
             }
             self.remains.extend(connection.take_remains());
         }
         let is_idle = !self.connections.iter().any(|connection| {
             // Nobody waits for the programs of one that was lost, and they may run for ever.
             let mut programs = connection.programs().iter();
-            connection.socket().is_some() && programs.any(Program::is_warm)
+            connection.wire().is_some() && programs.any(Program::is_warm)
         });
         self.warm.tend(is_idle);
         self.remains.extend(self.warm.take_remains());

@@ -4,7 +4,6 @@
 
 use guest_agent::proto::from_agent::Kind;
 use rustix::io::Errno;
-use rustix::net::sockopt::socket_error;
 
 use super::{Connection, State};
 use crate::failure::Failure;
@@ -32,19 +31,16 @@ impl Connection {
     }
 
     fn leave(&mut self) {
-        self.socket = None;
+        self.wire = None;
         self.output.clear();
         self.state = State::Gone;
     }
 
-    /// The socket has failed: the client hung up, or the connection was lost. The kernel says `ECONNRESET` where a guest goes on
+    /// The stream has failed: the client hung up, or the connection was lost. The kernel says `ECONNRESET` where a guest goes on
     /// without its connections (Virtio 1.2, section 5.10.6.7), and elsewhere an end that is a client's own reads as one.
     pub fn broken(&mut self, error: Option<Errno>) {
-        let Some(socket) = &self.socket else { return };
-        let is_reset = |error| error == Some(Errno::CONNRESET);
-        // Of a vsock socket it is the socket's own error: reads and writes just say that there is no connection.
-        let pending = || socket_error(socket).ok()?.err();
-        if is_reset(error) || is_reset(pending()) {
+        let Some(wire) = &self.wire else { return };
+        if error == Some(Errno::CONNRESET) || wire.is_lost() {
             self.lose();
         } else {
             self.hung_up();
