@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         test("code_comes_from_a_file_or_standard_input", Guest, code),
         test("a_shell_sees_its_cpus_input_and_environment", Guest, shell),
         test("the_image_is_memory_or_a_disk", Guest, image_interfaces),
+        test("the_agent_calls_on_the_lane_or_by_vsock", Guest, transports),
         test(
             "what_is_written_to_a_drive_is_there_the_next_time",
             Guest,
@@ -101,6 +102,25 @@ fn shell() -> Result<(), Failed> {
             expected.len()
         )
         .into());
+    }
+    Ok(())
+}
+
+/// Much goes both ways at once; and who has no privileges cannot have the lane.
+fn transports() -> Result<(), Failed> {
+    let script = "(: </dev/lane) || true; exec cat";
+    let input: String = ('a'..='z').cycle().take(300_001).collect();
+    for (flags, refused) in [
+        (&[][..], "Permission denied"),
+        (&["--no-lane"], "No such file"),
+    ] {
+        let words = [flags, &["--memory", "256", "--", "sh", "-c", script]].concat();
+        let output = run(&words).stdin(input.clone()).run()?;
+        if output.stdout != input {
+            let bytes = output.stdout.len();
+            return Err(format!("{flags:?}: {bytes} bytes came back").into());
+        }
+        output.expect_status(0)?.expect_stderr(&[refused])?;
     }
     Ok(())
 }
