@@ -106,6 +106,10 @@ fn run_as_init() -> Result<std::convert::Infallible, Failure> {
             Options::default()
         });
     let has_run = init::writable_root(&options.init);
+    // A guest that wakes up has housekeeping to do, which can wait until somebody has his answer.
+    if let Err(errno) = sys::go_first() {
+        init::warn(&format!("sched_setattr: {errno}"));
+    }
     let mut server = Server::new(true)?;
     server.listen(listen::vsock()?);
     let has_dev = init::devices();

@@ -206,6 +206,24 @@ pub fn reseed(device: BorrowedFd<'_>, bytes: &[u8]) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Has this process go before others that want the processor, and what it starts be as others are.
+///
+/// # Errors
+/// Those of sched_setattr(2).
+pub fn go_first() -> Result<(), Errno> {
+    // SAFETY: a structure of integers, for which zero is the usual policy.
+    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
+    attributes.size = size_of::<libc::sched_attr>().try_into().unwrap_or(0);
+    attributes.sched_flags = libc::SCHED_FLAG_RESET_ON_FORK.unsigned_abs().into();
+    attributes.sched_nice = -20;
+    // SAFETY: the kernel reads the structure, of the size that it says.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+    if result < 0 {
+        return Err(last_errno());
+    }
+    Ok(())
+}
+
 /// Closes every descriptor but 0, 1 and 2: for a copy of the agent alone, which never comes back
 /// to what owns them.
 pub fn close_others() {
