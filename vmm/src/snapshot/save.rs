@@ -20,6 +20,7 @@ use super::memory_layer::{LayerInProgress, Lineage};
 use crate::agent::{Agent, Quiet};
 use crate::devices::virtio::blk::backup::Moment;
 use crate::machine::Machine;
+use crate::pager::Pager;
 use crate::sandbox::record::now;
 use crate::store::{Held, Store};
 
@@ -170,6 +171,12 @@ struct Written {
     times: Times,
 }
 
+/// Whether all memory of `machine` that is not its own yet can still be had.
+fn check_memory(machine: &Machine) -> Result<(), SnapshotError> {
+    let whole = machine.pager().map_or(Ok(()), Pager::check);
+    whole.map_err(|error| SnapshotError::Memory(io::Error::other(error)))
+}
+
 fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
     let make = |name: &str| {
         let path = dir.join(name);
@@ -183,6 +190,8 @@ fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
             Err(source) => Err(SnapshotError::Io { path, source }),
         }
     };
+    // A page that is gone keeps whoever touches it, and to save the lane is to look into memory.
+    check_memory(order.machine)?;
     let (layer, layer_path) = make(MEMORY)?;
     let (state_file, state_path) = make(STATE)?;
     let disks = DiskToSave::all(order.machine.disks(), dir)?;
@@ -223,10 +232,7 @@ fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
         .memory
         .finish(order.is_given_up)
         .map_err(SnapshotError::Memory)?;
-    if let Some(pager) = order.machine.pager() {
-        let whole = pager.check();
-        whole.map_err(|error| SnapshotError::Memory(io::Error::other(error)))?;
-    }
+    check_memory(order.machine)?;
     let mut files = vec![
         entry(STATE, state.bytes, state.digest),
         entry(MEMORY, memory.bytes, memory.digest),
