@@ -83,6 +83,11 @@ fn main() -> ExitCode {
             programs::all_lost,
         ),
         test(
+            "an_agent_that_has_lost_its_lane_calls_again",
+            Guest,
+            programs::lane_lost,
+        ),
+        test(
             "a_layer_that_is_cut_short_ends_the_sandbox",
             Guest,
             refusals::cut_layer,

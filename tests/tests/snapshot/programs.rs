@@ -1,15 +1,16 @@
 //! Programs of clients, in copies that have no such client: they run on, and nobody hears of them.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::process::Child;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use libtest_mimic::Failed;
 use tests::sandboxes::{Host, wait_for};
+use vmm::agent::{AGENT_PORT, Agent, RestoredRequest};
 
 use crate::guest::{GOES_ON, SHAPE, remove, start, wait_for_growth, words};
 
@@ -127,5 +128,44 @@ def look():
         );
     }
     drop(counter);
+    remove(&host, &["one", "copy"])
+}
+
+/// An agent whose lane is in use as it is saved is told in the copy that it has lost it, and calls on it again. Here its host is this test, which the
+/// monitor knows nothing of.
+pub fn lane_lost() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "one")?;
+    let dir = host.dir("one")?;
+    fs::remove_file(dir.join("vsock.sock_1024"))?;
+    let listener = UnixListener::bind(dir.join("vsock.sock_1024"))?;
+    let agent = Agent::connect(&dir.join("vsock.sock"), AGENT_PORT, None)?;
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos();
+    agent.restored(RestoredRequest {
+        entropy: vec![7; 64],
+        realtime_ns: u64::try_from(since_1970)?,
+        ..RestoredRequest::default()
+    })?;
+    let (mut stream, _) = listener.accept()?;
+    let link = Agent::from_stream(stream.try_clone()?, None)?;
+    // The agent has taken its greeting: only then does it call again.
+    link.ping()?;
+    // Half of a frame.
+    stream.write_all(&[5])?;
+    host.ok(&["snapshot", "one", "s"])?;
+    host.ok(&["restore", "s", "copy"])?;
+    let interrupts = host.ok(&["exec", "copy", "--", "cat", "/proc/interrupts"])?;
+    let counts = |line: &str| {
+        line.split_whitespace()
+            .skip(1)
+            .any(|word| word.parse::<u64>().is_ok_and(|count| count > 0))
+    };
+    let told = |line: &str| line.ends_with("lane") && counts(line);
+    if !interrupts.stdout.lines().any(told) {
+        return Err(format!("the lane was not used: {}", interrupts.stdout).into());
+    }
+    // The one that was saved has it still: this ends the frame, and the next is answered.
+    stream.write_all(&[0, 0, 0, 8, 0x89, 0, 0x1a, 0])?;
+    link.ping()?;
     remove(&host, &["one", "copy"])
 }
