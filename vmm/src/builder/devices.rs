@@ -83,7 +83,7 @@ pub(super) struct Devices<'a> {
     vsock: Option<Arc<Mutex<Vsock>>>,
     lane: Option<Arc<Mutex<Lane>>>,
     lane_doorbell: Option<EventFd>,
-    /// Told once a restored agent, which the lane has kept, has said something.
+    /// Where the lane says that a restored agent, which it has kept, has said something.
     agent_spoken: Option<EventFd>,
     /// The host's end of the agent's connection, where a restored guest has kept it.
     pub agent_link: Option<UnixStream>,
@@ -341,18 +341,14 @@ impl<'a> Devices<'a> {
         };
         let memory = Arc::clone(&self.memory);
         let irq = Arc::new(self.irq(layout::LANE_GSI)?);
-        let lane = match saved {
-            None => Lane::new(config, memory, irq)?,
+        let spoken = EventFd::new(EFD_NONBLOCK)?;
+        let mut lane = Lane::new(config, memory, irq, spoken.try_clone()?)?;
+        match saved {
+            None => {}
             Some(None) => return Err(BuildError::OtherDevices("the lane is new")),
-            Some(Some(state)) => {
-                let spoken = EventFd::new(EFD_NONBLOCK)?;
-                let told = spoken.try_clone()?;
-                let (lane, link) = Lane::restore(config, memory, irq, state, told)?;
-                self.agent_spoken = link.is_some().then_some(spoken);
-                self.agent_link = link;
-                lane
-            }
-        };
+            Some(Some(state)) => self.agent_link = lane.load(state)?,
+        }
+        self.agent_spoken = Some(spoken);
         self.lane_doorbell = Some(lane.doorbell().try_clone()?);
         let lane = Arc::new(Mutex::new(lane));
         let (base, size) = (layout::LANE_START, lane::WINDOW_SIZE);
@@ -369,17 +365,18 @@ impl<'a> Devices<'a> {
             socket_path,
             kept_port: AGENT_PORT,
         };
+        let mut vsock = Vsock::new(config)?;
+        if let Some(spoken) = self.agent_spoken.take() {
+            vsock = vsock.beside_lane(spoken);
+        }
         let vsock = match self.next_saved()? {
-            None => self.add_virtio(Vsock::new(config)?, None),
+            None => self.add_virtio(vsock, None),
             Some(VirtioState {
                 transport,
                 device: VirtioDeviceState::Vsock(state),
             }) => {
-                let (mut vsock, link) = Vsock::restore(config, state)?;
-                match self.agent_spoken.take() {
-                    Some(spoken) => vsock.hold_back(state, spoken),
-                    None => self.agent_link = link,
-                }
+                let link = self.agent_link.take();
+                self.agent_link = vsock.load_beside(state, link)?;
                 self.add_virtio(vsock, Some(transport))
             }
             Some(_) => Err(BuildError::OtherDevices("the vsock device is new")),

@@ -12,7 +12,7 @@ use snapshot_fmt::state::machine::DeviceStates;
 use snapshot_fmt::state::virtio::VirtioDeviceState;
 use thiserror::Error;
 
-use super::lane::Lane;
+use super::lane::{Lane, LaneError};
 use super::serial::{SerialError, SerialPort};
 use super::virtio::blk::stack::Backing;
 use super::virtio::blk::{BlockError, Disk};
@@ -47,6 +47,12 @@ pub enum RewindDevicesError {
         /// How many there are.
         here: usize,
     },
+    /// One has a lane, the other has none.
+    #[error("only one of both machines has a lane")]
+    OtherLane,
+    /// The lane.
+    #[error(transparent)]
+    Lane(#[from] LaneError),
     /// A disk's content is missing.
     #[error("drive {0} has no content to go back to")]
     NoBacking(usize),
@@ -101,11 +107,15 @@ impl LiveDevices {
             let backing = backing.ok_or(RewindDevicesError::NoBacking(drive))?;
             disk.rewind(backing, dir, "rewound")?;
         }
-        let mut agent_link = None;
+        let mut agent_link = match (&self.lane, &states.lane) {
+            (Some(lane), Some(state)) => lock(lane).load(state)?,
+            (None, None) => None,
+            _ => return Err(RewindDevicesError::OtherLane),
+        };
         if let Some(vsock) = &self.vsock {
             for state in &states.virtio {
                 if let VirtioDeviceState::Vsock(state) = &state.device {
-                    agent_link = lock(vsock).load(state)?;
+                    agent_link = lock(vsock).load_beside(state, agent_link.take())?;
                 }
             }
         }

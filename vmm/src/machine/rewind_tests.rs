@@ -79,6 +79,7 @@ fn saved() -> (VmConfig, Arc<MachineState>, Arc<Chain>) {
         cmdline: String::new(),
         drives: Vec::new(),
         vsock: None,
+        lane: false,
         console: ConsoleConfig::Kept,
     };
     let timings = Arc::new(Timings::since(Instant::now()));

@@ -20,7 +20,6 @@ use super::memory_layer::{LayerInProgress, Lineage};
 use crate::agent::{Agent, Quiet};
 use crate::devices::virtio::blk::backup::Moment;
 use crate::machine::Machine;
-use crate::pager::Pager;
 use crate::sandbox::record::now;
 use crate::store::{Held, Store};
 
@@ -173,7 +172,7 @@ struct Written {
 
 /// Whether all memory of `machine` that is not its own yet can still be had.
 fn check_memory(machine: &Machine) -> Result<(), SnapshotError> {
-    let whole = machine.pager().map_or(Ok(()), Pager::check);
+    let whole = machine.pager().map_or(Ok(()), |pager| pager.check());
     whole.map_err(|error| SnapshotError::Memory(io::Error::other(error)))
 }
 

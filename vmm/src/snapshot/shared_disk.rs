@@ -223,6 +223,7 @@ mod tests {
             cmdline: String::new(),
             drives: vec![drive(true), drive(false)],
             vsock_cid: None,
+            lane: false,
         }
     }
 

@@ -84,8 +84,10 @@ pub struct Lane {
     /// The page that the window begins at; none before the driver has said.
     pub(super) frame: u32,
     pub(super) stream: Option<UnixStream>,
-    /// Told of the first bytes, or the end, of a restored stream.
-    pub(super) spoken: Option<EventFd>,
+    /// Written to with the first bytes, or at the end, of a stream that was kept.
+    pub(super) spoken: EventFd,
+    /// There is such a stream, and nothing has come of it yet.
+    pub(super) is_awaited: bool,
     /// A restored guest is to learn that its stream is gone.
     pub(super) is_lost: bool,
     /// An interrupt of the saved device may not have arrived.
@@ -94,11 +96,12 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// A lane that nobody has opened.
+    /// A lane that nobody has opened. `spoken` is written to once the guest has said something on a stream that was [kept](Self::load), or that has ended.
     pub fn new(
         config: LaneConfig,
         memory: Arc<GuestMemory>,
         irq: Arc<dyn Interrupt>,
+        spoken: EventFd,
     ) -> Result<Self, LaneError> {
         Ok(Self {
             config,
@@ -108,7 +111,8 @@ impl Lane {
             epoll: Epoll::new()?,
             frame: 0,
             stream: None,
-            spoken: None,
+            spoken,
+            is_awaited: false,
             is_lost: false,
             interrupts_again: false,
             messages: 0,
@@ -172,9 +176,9 @@ impl Lane {
     }
 
     fn say_spoken(&mut self) {
-        if let Some(spoken) = self.spoken.take() {
-            // A counter that nobody has written to has room.
-            let _ = spoken.write(1);
+        if std::mem::take(&mut self.is_awaited) {
+            // It fails only where the counter is full, and then it is readable as well.
+            let _ = self.spoken.write(1);
         }
     }
 

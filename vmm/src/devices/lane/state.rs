@@ -1,15 +1,11 @@
 //! What is saved of a lane: where its window is, and whether its stream goes on. The rings are memory.
 
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 
 use snapshot_fmt::state::lane::LaneState;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::ring::{TO_GUEST, TO_HOST};
-use super::{Lane, LaneConfig, LaneError};
-use crate::devices::interrupt::Interrupt;
-use crate::memory::GuestMemory;
+use super::{Lane, LaneError};
 use crate::sys::unread::is_silent;
 
 impl Lane {
@@ -31,18 +27,13 @@ impl Lane {
         }
     }
 
-    /// A device that goes on from `state`, and the host's end of its stream where that was kept: `spoken` is written to once the guest
-    /// has said something on it, or it has ended. A stream that was open and not kept is lost, of which the guest is told.
-    pub fn restore(
-        config: LaneConfig,
-        memory: Arc<GuestMemory>,
-        irq: Arc<dyn Interrupt>,
-        state: &LaneState,
-        spoken: EventFd,
-    ) -> Result<(Self, Option<UnixStream>), LaneError> {
-        let mut lane = Self::new(config, memory, irq)?;
-        lane.frame = state.frame;
-        if lane.window().is_none() && (state.frame != 0 || state.open) {
+    /// Goes on from `state`, whatever it was before; returns the host's end of the stream where that was kept. A stream that was open and
+    /// not kept is lost, of which the guest is told.
+    pub fn load(&mut self, state: &LaneState) -> Result<Option<UnixStream>, LaneError> {
+        self.stream = None;
+        self.is_awaited = false;
+        self.frame = state.frame;
+        if self.window().is_none() && (state.frame != 0 || state.open) {
             return Err(LaneError::Saved("its window is not in memory"));
         }
         if state.kept && !state.open {
@@ -51,16 +42,16 @@ impl Lane {
         let host = if state.kept {
             let (stream, host) = UnixStream::pair()?;
             stream.set_nonblocking(true)?;
-            lane.attach(stream)?;
-            lane.spoken = Some(spoken);
+            self.attach(stream)?;
             Some(host)
         } else {
-            lane.is_lost = state.open;
-            // What it was about is in the window.
-            lane.interrupts_again = !state.open && state.frame != 0;
             None
         };
-        lane.ring_own_doorbell();
-        Ok((lane, host))
+        self.is_awaited = state.kept;
+        self.is_lost = state.open && !state.kept;
+        // What it was about is in the window.
+        self.interrupts_again = !state.open && state.frame != 0;
+        self.ring_own_doorbell();
+        Ok(host)
     }
 }

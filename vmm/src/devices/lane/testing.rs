@@ -7,6 +7,7 @@ use std::time::Duration;
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::ring::{GUEST_WANTS, HOST_STATE, HOST_WANTS, WANTS_DATA, WANTS_ROOM};
 use super::{Lane, LaneConfig};
@@ -47,7 +48,9 @@ impl Guest {
     pub fn new() -> Self {
         let (memory, irq) = (memory(), Arc::new(CountingInterrupt::default()));
         let dir = tempfile::tempdir().unwrap();
-        let lane = Lane::new(config(&dir), Arc::clone(&memory), Arc::clone(&irq) as _).unwrap();
+        let spoken = EventFd::new(EFD_NONBLOCK).unwrap();
+        let irq_of_lane = Arc::clone(&irq) as _;
+        let lane = Lane::new(config(&dir), Arc::clone(&memory), irq_of_lane, spoken).unwrap();
         let mut this = Self::with(lane, memory, irq, dir);
         this.set_register(0x08, FRAME);
         this

@@ -152,14 +152,9 @@ fn restored(old: Guest, state: &LaneState) -> (Guest, Option<UnixStream>, EventF
     let spoken = EventFd::new(EFD_NONBLOCK).unwrap();
     let told = spoken.try_clone().unwrap();
     let Guest { memory, dir, .. } = old;
-    let (lane, host) = Lane::restore(
-        config(&dir),
-        Arc::clone(&memory),
-        Arc::clone(&irq) as _,
-        state,
-        told,
-    )
-    .unwrap();
+    let irq_of_lane = Arc::clone(&irq) as _;
+    let mut lane = Lane::new(config(&dir), Arc::clone(&memory), irq_of_lane, told).unwrap();
+    let host = lane.load(state).unwrap();
     assert_eq!(&lane.save(), state);
     let mut guest = Guest::with(lane, memory, irq, dir);
     guest.run();
@@ -247,7 +242,8 @@ fn what_no_lane_can_have_been_is_refused() {
         let state = LaneState { frame, open, kept };
         let memory = Arc::clone(&guest.memory);
         let irq = Arc::clone(&guest.irq) as _;
-        let result = Lane::restore(config(&guest.dir), memory, irq, &state, spoken);
+        let mut lane = Lane::new(config(&guest.dir), memory, irq, spoken).unwrap();
+        let result = lane.load(&state);
         assert!(matches!(result, Err(LaneError::Saved(_))), "{state:?}");
     }
 }

@@ -72,7 +72,7 @@ pub struct Vsock {
     pub(super) kept_port: u32,
     pub(super) muxer: Muxer,
     pub(super) reset: Reset,
-    /// In a restored guest whose agent is on the lane: written to once that has said something.
+    /// Where there is a lane: written to once a restored guest has said something on it.
     pub(super) spoken: Option<EventFd>,
     events: Arc<[EventFd]>,
     active: Option<Activation>,
@@ -106,6 +106,14 @@ impl Vsock {
             events,
             active: None,
         })
+    }
+
+    /// The same device beside a lane, which writes to `spoken` once a restored guest has said something there.
+    pub fn beside_lane(self, spoken: EventFd) -> Self {
+        Self {
+            spoken: Some(spoken),
+            ..self
+        }
     }
 
     /// Moves packets both ways. One interrupt covers all queues.

@@ -164,6 +164,7 @@ impl Muxer {
         self.handshakes.clear();
         self.line.clear();
         self.replies.clear();
+        self.held = None;
     }
 
     /// Whether there is room for whatever the guest's next packet may be.

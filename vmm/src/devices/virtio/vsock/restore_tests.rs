@@ -18,12 +18,22 @@ use crate::devices::virtio::testing::{BUFFERS, FakeDriver, WRITE};
 /// The ends of the agent's connection.
 const PORTS: (u32, u32) = (LINK, 77);
 
+/// A device in the reset state that goes on from `state`, and what it has kept.
+fn restore(
+    config: VsockConfig,
+    state: &VsockState,
+) -> Result<(Vsock, Option<UnixStream>), VsockError> {
+    let mut vsock = Vsock::new(config)?;
+    let host = vsock.load(state)?;
+    Ok((vsock, host))
+}
+
 /// The guest in another process, and the host's end of what was kept.
 fn restored(old: &Guest) -> (Guest, Option<UnixStream>) {
     let transport = old.driver.transport.save();
     let state = old.driver.device.lock().unwrap().save();
     let dir = tempfile::tempdir().unwrap();
-    let (vsock, host) = Vsock::restore(config(&dir), &state).unwrap();
+    let (vsock, host) = restore(config(&dir), &state).unwrap();
     let again = vsock.save();
     match state.kept {
         Some(_) => assert_eq!(again, state),
@@ -288,7 +298,7 @@ fn a_guest_with_too_many_ends_hears_of_all_by_one_event() {
     let port = |guest| VsockPorts { host: 9, guest };
     state.ended = (0..).map(port).take(MAX_ENDED).collect();
     let dir = tempfile::tempdir().unwrap();
-    let (vsock, _host) = Vsock::restore(config(&dir), &state).unwrap();
+    let (vsock, _host) = restore(config(&dir), &state).unwrap();
     assert_eq!(vsock.save(), state);
     let driver = FakeDriver::restored(vsock, &old.driver, &old.driver.transport.save());
     let mut guest = Guest {
@@ -319,7 +329,7 @@ fn packets_that_the_guest_had_queued_belong_to_the_kept_connection() {
     old.send(op::RW, PORTS, b"queued");
     assert_eq!(read_some(&mut server), b"queued");
     let dir = tempfile::tempdir().unwrap();
-    let (vsock, host) = Vsock::restore(config(&dir), &state).unwrap();
+    let (vsock, host) = restore(config(&dir), &state).unwrap();
     let mut host = host.unwrap();
     let mut driver = FakeDriver::restored(vsock, &old.driver, &transport);
     driver.run();
@@ -378,7 +388,7 @@ fn another_context_id_ends_all() {
         cid,
         ..config(&dir)
     };
-    let (vsock, host) = Vsock::restore(config, &state).unwrap();
+    let (vsock, host) = restore(config, &state).unwrap();
     assert!(host.is_none());
     let mut driver = FakeDriver::restored(vsock, &old.driver, &old.driver.transport.save());
     driver.run();
@@ -392,7 +402,7 @@ fn hostile_states_are_refused_or_harmless() {
         let mut state = old.driver.device.lock().unwrap().save();
         f(&mut state);
         let dir = tempfile::tempdir().unwrap();
-        let (vsock, host) = Vsock::restore(config(&dir), &state)?;
+        let (vsock, host) = restore(config(&dir), &state)?;
         let mut driver = FakeDriver::restored(vsock, &old.driver, &old.driver.transport.save());
         let mut guest_end = host.unwrap();
         guest_end.write_all(&[1; 100_000]).unwrap();
@@ -459,10 +469,11 @@ fn a_guest_without_a_link_drops_its_connections_before_it_gets_new_ones() {
 fn restored_beside_a_lane(old: &Guest, state: &VsockState) -> (Guest, EventFd) {
     let transport = old.driver.transport.save();
     let dir = tempfile::tempdir().unwrap();
-    let (mut vsock, host) = Vsock::restore(config(&dir), state).unwrap();
-    assert!(host.is_none());
     let spoken = EventFd::new(EFD_NONBLOCK).unwrap();
-    vsock.hold_back(state, spoken.try_clone().unwrap());
+    let vsock = Vsock::new(config(&dir)).unwrap();
+    let mut vsock = vsock.beside_lane(spoken.try_clone().unwrap());
+    let (link, _host) = UnixStream::pair().unwrap();
+    vsock.load_beside(state, Some(link)).unwrap();
     let driver = FakeDriver::restored(vsock, &old.driver, &transport);
     let (buf_alloc, fwd_cnt) = (old.buf_alloc, old.fwd_cnt);
     let guest = Guest {

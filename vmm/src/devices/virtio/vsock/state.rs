@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::held::Held;
 use super::muxer::{BUFFER_SIZE, MAX_ENDED};
 use super::queue::Reset;
-use super::{Vsock, VsockConfig, VsockError};
+use super::{Vsock, VsockError};
 
 impl Vsock {
     /// What a restored device goes on with. The host's end of the connection that is kept must be at rest, too: whoever
@@ -35,20 +35,10 @@ impl Vsock {
         }
     }
 
-    /// A device in the reset state, for its transport to restore the rest, and the host's end of the connection that was
+    /// Makes a device in the reset state, whose transport is to restore the rest, go on from `state`; returns the host's end of the connection that was
     /// kept. None was, and all connections end, where `state` has none, or where the context id is not the saved one: the
     /// guest reads that again when it is told that its connections are gone. New clients wait until it has dealt with that, or
     /// has said something on the kept connection.
-    pub fn restore(
-        config: VsockConfig,
-        state: &VsockState,
-    ) -> Result<(Self, Option<UnixStream>), VsockError> {
-        let mut vsock = Self::new(config)?;
-        let host = vsock.load(state)?;
-        Ok((vsock, host))
-    }
-
-    /// Goes on, from the reset state, as [`Self::restore`] says.
     pub fn load(&mut self, state: &VsockState) -> Result<Option<UnixStream>, VsockError> {
         // A port that the guest has not just seen, before the moment or after it; a number out of range starts again.
         self.muxer.next_host_port = self.muxer.next_host_port.max(state.next_host_port);
@@ -74,14 +64,28 @@ impl Vsock {
         Ok(Some(host.map_err(VsockError::Stream)?))
     }
 
-    /// In a device that was just restored from `state` and keeps no connection, while the lane keeps the agent's: until `spoken` is
-    /// written to, the resets of those that have ended, and new clients, wait.
-    pub fn hold_back(&mut self, state: &VsockState, spoken: EventFd) {
+    /// [Loads](Self::load) `state` in a device of a machine whose lane has kept `link`, or nothing: returns the agent's connection, which is on one of the two at most.
+    pub fn load_beside(
+        &mut self,
+        state: &VsockState,
+        link: Option<UnixStream>,
+    ) -> Result<Option<UnixStream>, VsockError> {
+        let own = self.load(state)?;
+        if link.is_some() {
+            self.hold_back(state);
+        }
+        Ok(link.or(own))
+    }
+
+    /// In a device that was just restored from `state` and keeps no connection, while the lane keeps the agent's: until the lane says that the
+    /// guest has spoken there, the resets of those that have ended, and new clients, wait.
+    pub fn hold_back(&mut self, state: &VsockState) {
         let is_bounded = state.ended.len() <= MAX_ENDED;
         if state.cid == self.cid && state.kept.is_none() && !state.reset && is_bounded {
             self.reset = Reset::Over;
             self.muxer.hold_back(Held::new(None, &state.ended));
-            self.spoken = Some(spoken);
+            // What was said before the moment does not count.
+            let _ = self.spoken.as_ref().map(EventFd::read);
         }
     }
 }
