@@ -139,6 +139,8 @@ pub fn freeze<D>(
     lineage: Lineage<'_>,
     disks: impl FnOnce() -> D,
 ) -> Result<Frozen<D>, SnapshotError> {
+    // A page that is gone keeps whoever touches it, and to save the lane is to look into memory.
+    check_memory(machine)?;
     let quiet = agent.map(Agent::quiesce);
     let start = Instant::now();
     let frozen = machine.freeze(|mut state: MachineState| {
@@ -189,8 +191,6 @@ fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
             Err(source) => Err(SnapshotError::Io { path, source }),
         }
     };
-    // A page that is gone keeps whoever touches it, and to save the lane is to look into memory.
-    check_memory(order.machine)?;
     let (layer, layer_path) = make(MEMORY)?;
     let (state_file, state_path) = make(STATE)?;
     let disks = DiskToSave::all(order.machine.disks(), dir)?;
