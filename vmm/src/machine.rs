@@ -71,6 +71,9 @@ pub enum SaveError {
     /// The state of what they share cannot be had.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// Its end has come: what it is need not be what it seems.
+    #[error("the sandbox is ending")]
+    Over,
     /// A processor's thread is gone.
     #[error("vCPU {0} has ended: there is no state to save")]
     Ended(usize),
@@ -187,9 +190,12 @@ impl Machine {
         self.stop(&mut self.lock())
     }
 
-    /// Lets the processors run on. A machine that runs is left alone.
+    /// Lets the processors run on. A machine that runs is left alone, and so is one whose end has come.
     pub fn resume(&self) {
-        self.run_on(&mut self.lock());
+        let mut state = self.lock();
+        if self.exit.get().is_none() {
+            self.run_on(&mut state);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, RunState> {
@@ -262,6 +268,9 @@ impl Machine {
     pub fn freeze<T>(&self, during: impl FnOnce(MachineState) -> T) -> Result<T, SaveError> {
         let context = Arc::new(SaveContext::new(&kvm::open()?, self.cpus(), self.software)?);
         let mut state = self.lock();
+        if self.exit.get().is_some() {
+            return Err(SaveError::Over);
+        }
         let before = *state;
         let result = self.frozen(&mut state, &context, during);
         self.event_loop.resume();

@@ -83,6 +83,8 @@ pub struct Supervisor {
     pub leftover: Option<PathBuf>,
     /// The process's exit status for an ending.
     pub status: fn(&Ending) -> u8,
+    /// Whether a watch ends the process by force; if not, that is somebody else's.
+    pub forces: bool,
 }
 
 /// Ends the process with `status` in two seconds, whatever its threads are blocked in, and removes `leftover` before.
@@ -168,7 +170,9 @@ impl Supervisor {
             .spawn(move || {
                 let ending = self.wait(watched.as_fd(), self.deadline).err();
                 if let Some(ending) = &ending {
-                    end_by_force((self.status)(ending), self.leftover.as_deref());
+                    if self.forces {
+                        end_by_force((self.status)(ending), self.leftover.as_deref());
+                    }
                     // It fails only where the connection is gone already.
                     let _ = stream.shutdown(Shutdown::Both);
                 }
@@ -208,6 +212,7 @@ mod tests {
             deadline,
             leftover: None,
             status: |_| 1,
+            forces: true,
         }
     }
 

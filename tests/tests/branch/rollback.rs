@@ -93,12 +93,21 @@ pub fn to_a_snapshot() -> Result<(), Failed> {
         host.ok(&["snapshot", "one", &format!("s{number}")])?;
     }
     write(&host, "one", "/tmp/file", b"late")?;
-    for number in [1, 0, 2, 1] {
+    let files = || -> Result<usize, Failed> {
+        Ok(std::fs::read_dir(format!("/proc/{}/fd", host.pid("one")?))?.count())
+    };
+    let mut open = Vec::new();
+    for number in [1, 0, 2, 0, 2, 1] {
         host.ok(&["rollback", "one", &format!("s{number}")])?;
         let there = read(&host, "one", "/tmp/file")?;
         if there != format!("{number}").as_bytes() {
             return Err(format!("s{number} has {}", there.escape_ascii()).into());
         }
+        open.push(files()?);
+    }
+    // As many layers, as many files.
+    if open[4] > open[2] {
+        return Err(format!("files stay open: {open:?}").into());
     }
     write(&host, "one", "/tmp/own", b"own")?;
     host.ok(&["snapshot", "one", "after"])?;

@@ -25,6 +25,7 @@ use crate::control::server::Server;
 use crate::control::snapshot::{Past, Snapshots};
 use crate::exit::ExitReason;
 use crate::machine::Machine;
+use crate::pager::Mode;
 use crate::sandbox::budget::Budget;
 use crate::sandbox::record::{ExitRecord, Record, now};
 use crate::sandbox::{SandboxDir, SandboxPaths};
@@ -234,7 +235,11 @@ pub fn monitor(
     };
     let reception = Doorman {
         paths: paths.clone(),
-        supervisor: supervisor.clone(),
+        // The sandbox ends in its own way.
+        supervisor: Supervisor {
+            forces: false,
+            ..supervisor.clone()
+        },
         name: launch.branch.as_ref().map(|_| record.name.clone()),
     };
     let control = Control::new(
@@ -247,6 +252,13 @@ pub fn monitor(
         Snapshots::new(described, past),
     );
     let control = Arc::new(control);
+    let wants_working_set = launch
+        .source
+        .saved()
+        .filter(|saved| saved.mode == Mode::Fault);
+    let wants_working_set = wants_working_set.cloned();
+    // A sandbox that goes back elsewhere has no use for the files that it began with.
+    drop(launch);
     let server = Server::start(&paths.api_socket(), Arc::clone(&control)).map_err(broken)?;
     if show_timings {
         let _ = write!(io::stderr(), "{timings}");
@@ -268,7 +280,7 @@ pub fn monitor(
     if let Ending::Signal(_) = ending {
         control.stop(SIGNAL_PATIENCE);
     }
-    if let (Some(saved), Some(pager)) = (launch.source.saved(), machine.pager()) {
+    if let (Some(saved), Some(pager)) = (wants_working_set, machine.pager()) {
         saved.keep_working_set(&pager);
     }
     let exit = exit_record(&machine, &ending, control.is_stopping());

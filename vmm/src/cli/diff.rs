@@ -11,7 +11,7 @@ use crate::store::{Held, Store, StoreError};
 
 /// Count the pages of memory and the blocks of disks that differ between two sandboxes, by region
 ///
-/// Each is saved for that, aside from its other snapshots, and what was saved is removed again. They run on meanwhile.
+/// Each is saved for that, aside from its other snapshots, and what was saved is removed again; if the command is killed, a snapshot without a name is left. They run on meanwhile.
 #[derive(Debug, Args)]
 pub struct DiffArgs {
     /// A sandbox or a snapshot: a name, or the beginning of an id

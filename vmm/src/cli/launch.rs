@@ -194,6 +194,7 @@ impl VmSpec {
             deadline: self.timeout.and_then(|timeout| start.checked_add(timeout)),
             leftover: sandbox.map(|sandbox| sandbox.path().to_owned()),
             status: ending_status,
+            forces: true,
         }
     }
 }

@@ -130,8 +130,10 @@ impl Boot<'_> {
             // It learns that its connection is gone, and calls again.
             _ => self.wait_for_agent(ready)?,
         };
+        agent.set_deadline(Some(self.start + BOOT_DEADLINE));
         match agent.restored(own_identity(name)?) {
             Ok(()) => {
+                agent.set_deadline(None);
                 self.timings.mark("guest told");
                 Ok((agent, watch))
             }

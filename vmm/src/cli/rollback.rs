@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Take a sandbox back to what it was, in place
 ///
-/// Without a snapshot it goes back to what it began with: the snapshot that it was restored from, or the moment at which it branched off. Whatever has run in it
+/// Without a snapshot it goes back to what it began with: the snapshot that it was restored from, the moment at which it branched off, or the snapshot that it has gone back to since. Whatever has run in it
 /// since has never been; its clients lose their connections. It keeps its name, its process and its sockets, and runs from there.
 #[derive(Debug, Args)]
 pub struct RollbackArgs {

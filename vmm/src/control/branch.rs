@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::PoisonError;
 use std::time::Instant;
 
 use snapshot_fmt::chain::DEPTH_MAX;
@@ -104,6 +105,12 @@ impl Control {
         check_memory(count, request.reserve_mib)?;
         let branch = self.record.branch_point();
         let fits = self.record.budget;
+        // Until the children are listed, and count.
+        let _alone = (!fits.is_unbounded()).then(|| {
+            self.branching
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        });
         let fits = fits.check(&branch.root, count, request.reserve_mib);
         fits.map_err(|error| ErrorBody::new(ErrorCode::Internal, error.to_string()))?
             .map_err(|over| ErrorBody::new(ErrorCode::Conflict, over.to_string()))?;

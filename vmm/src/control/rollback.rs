@@ -58,7 +58,6 @@ impl Control {
     pub(super) fn rollback(&self, request: &RollbackRequest) -> Result<RollbackView, ErrorBody> {
         let start = Instant::now();
         let machine = self.machine()?;
-        let ready = self.reception.listen().map_err(internal)?;
         let mut view = None;
         self.snapshots.change_past(|past| {
             let (to, base) = self.target(past, request.snapshot.as_deref())?;
@@ -69,6 +68,8 @@ impl Control {
                 backings: to.backings.clone(),
                 dir: self.paths.dir().to_owned(),
             };
+            // One rollback at a time has the place where the agent calls.
+            let ready = self.reception.listen().map_err(internal)?;
             let rewound = machine.rewind(moment).map_err(|error| match error {
                 RewindError::StandStill(_) | RewindError::Broken(_) => internal(error),
                 error => conflict(error),

@@ -49,6 +49,8 @@ pub struct Control {
     pub(super) reception: Box<dyn Reception>,
     pub(super) snapshots: Snapshots,
     pub(super) reaper: Reaper,
+    /// Held by one who makes children out of a budget.
+    pub(super) branching: Mutex<()>,
     stopping: AtomicBool,
 }
 
@@ -142,6 +144,7 @@ impl Control {
             reception,
             snapshots,
             reaper: Reaper::default(),
+            branching: Mutex::default(),
             stopping: AtomicBool::new(false),
         }
     }

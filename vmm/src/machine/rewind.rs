@@ -52,6 +52,9 @@ pub enum RewindError {
     /// It did not stand still.
     #[error(transparent)]
     StandStill(#[from] StandStillError),
+    /// Its end has come.
+    #[error("the sandbox is ending")]
+    Over,
     /// A processor's thread is gone.
     #[error("vCPU {0} has ended: the sandbox ends")]
     Ended(usize),
@@ -119,6 +122,9 @@ impl Machine {
             return Err(RewindError::UsersFile(drive));
         }
         let mut state = self.lock();
+        if self.exit.get().is_some() {
+            return Err(RewindError::Over);
+        }
         let start = Instant::now();
         let before = *state;
         if let Err(error) = self.stand_still(&mut state) {
@@ -133,8 +139,10 @@ impl Machine {
             None => self.go_back(moment).map_err(RewindError::from),
         };
         if let Err(RewindError::Broken(failure)) = &result {
+            // It stands still until it is dropped.
             let why = format!("it cannot go back: {failure}");
             self.exit.set(ExitReason::Monitor(why));
+            return Err(result.err().unwrap_or(RewindError::Over));
         }
         self.event_loop.resume();
         self.run_on(&mut state);
@@ -221,11 +229,12 @@ impl Machine {
                 answer
             })
             .collect();
-        let link = self.devices.rewind(&state.devices, backings, dir)?;
-        *self.lock_agent_link() = link;
+        // Before the devices: what they interrupt again must not be lost to a local APIC that is loaded after it.
         for (id, answer) in answers.into_iter().enumerate() {
             answer.recv().map_err(|_| Failure::Ended(id))??;
         }
+        let link = self.devices.rewind(&state.devices, backings, dir)?;
+        *self.lock_agent_link() = link;
         Ok(platform::restore_clock(&self.vm, &state.platform)?)
     }
 }

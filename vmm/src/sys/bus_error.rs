@@ -28,6 +28,8 @@ struct Watched {
     /// Addresses.
     memory: Vec<Range<usize>>,
     event: OwnedFd,
+    /// Somebody watches by it. One that nobody does is for the next who watches the same memory.
+    taken: AtomicBool,
     /// It counts: false once the memory may be gone.
     active: AtomicBool,
     guest_runs: AtomicBool,
@@ -41,16 +43,23 @@ pub struct BusErrors(&'static Watched);
 
 impl BusErrors {
     /// Watches `memory`, ranges of addresses of guest memory and of nothing else. `event`, an eventfd, will be readable once a page is lost to a
-    /// guest that runs. The entry is not freed at the end: a process has one guest.
+    /// guest that runs. The entry is not freed at the end, but used again: a process has one guest, whose memory may be exchanged often.
     pub fn watch(memory: Vec<Range<usize>>, event: BorrowedFd<'_>) -> io::Result<Self> {
         static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
         INSTALLED
             .get_or_init(install)
             .map_err(io::Error::from_raw_os_error)?;
+        let free =
+            |entry: &&Watched| entry.memory == memory && !entry.taken.swap(true, Ordering::SeqCst);
+        if let Some(entry) = entries().find(free) {
+            entry.watch_again(event)?;
+            return Ok(Self(entry));
+        }
         // Never freed, see above.
         let watched: &'static Watched = Box::leak(Box::new(Watched {
             memory,
             event: event.try_clone_to_owned()?,
+            taken: AtomicBool::new(true),
             active: AtomicBool::new(true),
             guest_runs: AtomicBool::new(false),
             lost: AtomicUsize::new(0),
@@ -84,11 +93,35 @@ impl Drop for BusErrors {
         // Where somebody waits, the memory stays, and others may come to wait.
         if self.lost().is_none() {
             self.0.active.store(false, Ordering::SeqCst);
+            self.0.taken.store(false, Ordering::SeqCst);
         }
     }
 }
 
+/// All entries.
+fn entries() -> impl Iterator<Item = &'static Watched> {
+    let next = |at: &AtomicPtr<Watched>| {
+        // SAFETY: entries are never freed.
+        unsafe { at.load(Ordering::Acquire).as_ref() }
+    };
+    std::iter::successors(next(&WATCHED), move |entry| next(&entry.next))
+}
+
 impl Watched {
+    /// Makes an entry that was just taken, and had no page lost, as new.
+    fn watch_again(&self, event: BorrowedFd<'_>) -> io::Result<()> {
+        let (new, own) = (event.as_raw_fd(), self.event.as_raw_fd());
+        // SAFETY: both are open, and the second stays so, as the same number: a handler that writes to it always has an eventfd there.
+        if unsafe { libc::dup3(new, own, libc::O_CLOEXEC) } < 0 {
+            let error = io::Error::last_os_error();
+            self.taken.store(false, Ordering::SeqCst);
+            return Err(error);
+        }
+        self.guest_runs.store(false, Ordering::SeqCst);
+        self.active.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
     fn has(&self, address: usize) -> bool {
         self.active.load(Ordering::SeqCst)
             && self.memory.iter().any(|range| range.contains(&address))
