@@ -8,7 +8,7 @@ use rustix::fs::{Mode, OFlags, fstat, ftruncate, open};
 use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::system::sethostname;
-use rustix::time::{ClockId, Timespec, clock_settime};
+use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::failure::Failure;
@@ -16,6 +16,10 @@ use crate::sys;
 
 /// How many random bytes a guest starts anew from: at least what the kernel's key has, at most what is sensible.
 const ENTROPY: std::ops::RangeInclusive<usize> = 32..=512;
+
+/// How far from the time that a request tells the clock may be and stay, in nanoseconds: what a request takes to come, and a little. The host lets
+/// the clock of a child go on from its parent's, and to set it is 3,000 instructions of the kernel.
+const TOLERANCE: std::ops::RangeInclusive<i64> = -2_000_000..=20_000_000;
 
 /// The longest host name that the kernel takes, in bytes.
 const MAX_HOSTNAME: usize = 64;
@@ -100,8 +104,10 @@ pub fn restored(request: &Restored, prepared: &mut Prepared) -> Result<(), Failu
 
     sys::reseed(prepared.random()?, &request.entropy)
         .map_err(|errno| Failure::internal("add entropy to /dev/urandom", errno))?;
-    clock_settime(ClockId::Realtime, time)
-        .map_err(|errno| Failure::internal("clock_settime", errno))?;
+    if !is_right(clock_gettime(ClockId::Realtime), time) {
+        clock_settime(ClockId::Realtime, time)
+            .map_err(|errno| Failure::internal("clock_settime", errno))?;
+    }
     if !request.machine_id.is_empty() {
         let written = prepared
             .machine_id()
@@ -117,6 +123,14 @@ pub fn restored(request: &Restored, prepared: &mut Prepared) -> Result<(), Failu
             .map_err(|errno| Failure::internal("sethostname", errno))?;
     }
     Ok(())
+}
+
+/// Whether a clock that shows `now` is as right as setting it to `time` could make it, which was the time when the request was sent.
+fn is_right(now: Timespec, time: Timespec) -> bool {
+    let seconds = now.tv_sec.saturating_sub(time.tv_sec);
+    let nanos = seconds.saturating_mul(1_000_000_000);
+    let late = nanos.saturating_add(now.tv_nsec.saturating_sub(time.tv_nsec));
+    TOLERANCE.contains(&late)
 }
 
 /// The time, if all fields can be.
@@ -155,6 +169,25 @@ fn check(request: &Restored) -> Result<Timespec, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clock_is_set_where_it_is_off() {
+        let at = |tv_sec, tv_nsec| Timespec { tv_sec, tv_nsec };
+        let time = at(1_700_000_000, 5_000_000);
+        assert!(is_right(time, time));
+        assert!(is_right(at(1_700_000_000, 24_000_000), time));
+        assert!(is_right(at(1_700_000_000, 4_000_000), time));
+        for off in [
+            at(1_700_000_000, 26_000_000),
+            at(1_700_000_000, 2_000_000),
+            at(1_700_000_001, 5_000_000),
+            at(1_699_999_999, 990_000_000),
+            at(i64::MIN, 0),
+            at(i64::MAX, 999_999_999),
+        ] {
+            assert!(!is_right(off, time), "{off:?}");
+        }
+    }
 
     fn good() -> Restored {
         Restored {

@@ -63,6 +63,8 @@ pub struct Handover {
     pub files: usize,
     /// When its parent was asked for it: [`crate::timings::monotonic_ns`].
     pub since: u64,
+    /// When its parent stood still for it, likewise; nothing for one that goes on from a snapshot.
+    pub moment: Option<u64>,
 }
 
 /// What a child says when it is made.
@@ -247,6 +249,7 @@ mod tests {
             disks: Vec::new(),
             files: 0,
             since: 1,
+            moment: None,
         }
     }
 

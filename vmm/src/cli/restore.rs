@@ -97,6 +97,7 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
         disks: Vec::new(),
         files: 0,
         since,
+        moment: None,
     };
     let failed = |error: std::io::Error| CliError::Monitor(format!("cannot restore it: {error}"));
     let state = File::open(base.held.snapshot().path(STATE)).map_err(failed)?;

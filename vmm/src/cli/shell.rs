@@ -95,6 +95,7 @@ fn be(args: &ShellArgs, parent: &Parent) -> Result<u8, CliError> {
         files,
         disks: handover.disks,
         base: base.transpose().map_err(bad)?,
+        moment: handover.moment,
     };
     let saved = begun.open().map_err(bad)?;
     let launch = Launch {

@@ -138,6 +138,7 @@ impl Control {
             disks: Vec::new(),
             files: 0,
             since,
+            moment: None,
         };
         handover.labels.extend(request.labels);
 
@@ -164,6 +165,7 @@ impl Control {
             let message = "the sandbox's memory and drives rest on too many of those that it branched off: save it (vmm snapshot --full) and restore that";
             return Err(ErrorBody::new(ErrorCode::Conflict, message));
         }
+        handover.moment = Some(point.moment);
         handover.disks = point.disks.iter().map(|disk| disk.parts).collect();
         let mut send = |child: &mut Unborn| -> io::Result<()> {
             if child.send(&mut handover, &files).is_err() {

@@ -12,6 +12,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use snapshot_fmt::chain::Chain;
 use snapshot_fmt::layer::{Layer, LayerSummary};
 use snapshot_fmt::manifest::{MEMORY, Machine as Description, Programs, STATE, Warm};
+use snapshot_fmt::state::machine::MachineState;
 use snapshot_fmt::state_file;
 
 use super::SnapshotError;
@@ -22,6 +23,7 @@ use super::shared_disk::{DiskParts, DiskToShare, FrozenBacking, SharedDisk};
 use crate::agent::Agent;
 use crate::machine::Machine;
 use crate::pager::Mode;
+use crate::timings::monotonic_ns;
 
 /// A machine's moment.
 pub struct Point {
@@ -31,6 +33,8 @@ pub struct Point {
     pub memory: File,
     /// The disks that the guest may write to.
     pub disks: Vec<SharedDisk>,
+    /// When it was: [`monotonic_ns`].
+    pub moment: u64,
     /// What that came to.
     pub summary: LayerSummary,
     /// How long it took.
@@ -90,6 +94,7 @@ impl Freezing {
             state,
             memory,
             disks,
+            moment: frozen.moment,
             summary,
             times: frozen.clock.stop(),
         })
@@ -123,6 +128,8 @@ pub struct Begun {
     pub disks: Vec<DiskParts>,
     /// The snapshot that the first layers are.
     pub base: Option<Base>,
+    /// When that was, on this host, if it was a running parent: [`monotonic_ns`]. Its clock has gone on since, and so has this one.
+    pub moment: Option<u64>,
 }
 
 impl Begun {
@@ -135,6 +142,7 @@ impl Begun {
             mut files,
             disks,
             base,
+            moment,
         } = self;
         let wrong = |what: &str| SnapshotError::Description {
             what: what.to_owned(),
@@ -146,7 +154,9 @@ impl Begun {
         let mut of_disks = files.split_off(first).into_iter();
         let mut files = files.into_iter();
         let state = files.next().ok_or_else(|| wrong("it has no state"))?;
-        let (state, _) = state_file::read(state, Path::new(STATE))?;
+        let (mut state, _): (MachineState, _) = state_file::read(state, Path::new(STATE))?;
+        let since = moment.map_or(0, |moment| monotonic_ns().saturating_sub(moment));
+        state.platform.clock_ns = state.platform.clock_ns.saturating_add(since);
         let layers = files
             .map(|file| Layer::open(file, Path::new(MEMORY)))
             .collect::<Result<_, _>>()?;

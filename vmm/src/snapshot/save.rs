@@ -22,6 +22,7 @@ use crate::devices::virtio::blk::backup::Moment;
 use crate::machine::Machine;
 use crate::sandbox::record::now;
 use crate::store::{Held, Store};
+use crate::timings::monotonic_ns;
 
 /// A snapshot to be taken.
 pub struct Order<'a> {
@@ -105,6 +106,8 @@ pub struct Frozen<D> {
     pub memory: LayerInProgress,
     /// Its disks.
     pub disks: D,
+    /// When that was: [`monotonic_ns`].
+    pub moment: u64,
     /// How long it stood still.
     pub clock: Clock,
 }
@@ -145,15 +148,16 @@ pub fn freeze<D>(
     let start = Instant::now();
     let frozen = machine.freeze(|mut state: MachineState| {
         state.settle_agent(quiet.as_ref().and_then(Quiet::state));
-        let had = start.elapsed();
+        let (had, moment) = (start.elapsed(), monotonic_ns());
         let memory = LayerInProgress::begin(machine.memory(), layer, path, lineage);
-        (state, memory, disks(), had, start.elapsed())
+        (state, memory, disks(), moment, had, start.elapsed())
     })?;
     let pause = start.elapsed();
-    let (state, memory, disks, had, freeze) = frozen;
+    let (state, memory, disks, moment, had, freeze) = frozen;
     Ok(Frozen {
         state,
         disks,
+        moment,
         memory: memory.map_err(SnapshotError::Memory)?,
         clock: Clock {
             start,
