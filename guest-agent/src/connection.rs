@@ -8,6 +8,7 @@
 mod code;
 mod end;
 
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use guest_agent::frame::{FrameBuffer, FrameError};
@@ -22,7 +23,7 @@ use rustix::process::{Pid, Signal};
 
 use crate::cgroup::{Cgroup, Cgroups};
 use crate::failure::Failure;
-use crate::files::{self, Task};
+use crate::files::{self, Layers, Task};
 use crate::identity::Identity;
 use crate::output::Output;
 use crate::program::Program;
@@ -53,6 +54,8 @@ pub struct Context<'a> {
     pub prepared: &'a mut Prepared,
     /// The interpreters that stand ready.
     pub warm: &'a mut Warm,
+    /// What the root consists of, if it is a layer above an image.
+    pub layers: Option<Rc<Layers>>,
 }
 
 /// A client's connection.
@@ -294,6 +297,13 @@ impl Connection {
             (Some(Ask::WriteTree(it)), _) => {
                 self.work(id, &Task::WriteTree(it), output_window, context)
             }
+            (Some(Ask::ListUpper(_)), _) => match context.layers.clone() {
+                Some(layers) => self.work(id, &Task::ListUpper(layers), output_window, context),
+                None => Err(Failure::new(
+                    ErrorCode::Unsupported,
+                    "the root is no layer above an image",
+                )),
+            },
             (None, _) => Err(Failure::new(
                 ErrorCode::Unsupported,
                 "this agent does not know the request",

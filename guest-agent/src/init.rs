@@ -9,12 +9,14 @@ use std::ffi::{CStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-use rustix::fs::{Mode, StatVfsMountFlags, mkdir, statvfs, symlink};
+use rustix::fs::{Mode, OFlags, StatVfsMountFlags, mkdir, statvfs, symlink};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, mount_remount, unmount};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
 use rustix::process::{chdir, pivot_root};
 use rustix::system::sethostname;
+
+use crate::files::Layers;
 
 /// The agent's own directory.
 const HOME: &str = "/root";
@@ -52,11 +54,20 @@ fn mount_fs(kind: &str, target: &str, flags: MountFlags, data: Option<&CStr>) ->
     attempt(target, mount(kind, target, kind, flags, data))
 }
 
+/// What has become of the root.
+#[derive(Default)]
+pub struct Root {
+    /// The layer is a disk, which stays mounted below /run.
+    pub has_run: bool,
+    /// What the root consists of.
+    pub layers: Option<Layers>,
+}
+
 /// Puts a writable layer above the read-only root, and makes that the root. A root that is writable
-/// already is left alone. Says whether the layer is a disk, which stays mounted below /run.
-pub fn writable_root(config: &InitConfig) -> bool {
+/// already is left alone.
+pub fn writable_root(config: &InitConfig) -> Root {
     if statvfs("/").is_ok_and(|root| !root.f_flag.contains(StatVfsMountFlags::RDONLY)) {
-        return false;
+        return Root::default();
     }
     // The layer's file system is mounted over /run, the one directory that every image has and
     // that is of no use below the layer.
@@ -70,7 +81,7 @@ pub fn writable_root(config: &InitConfig) -> bool {
         )
     });
     if !disk && !mount_fs("tmpfs", "/run", MountFlags::empty(), Some(c"mode=700")) {
-        return false;
+        return Root::default();
     }
     let private = Mode::RWXU;
     let public = private | Mode::RGRP | Mode::XGRP | Mode::ROTH | Mode::XOTH;
@@ -79,9 +90,18 @@ pub fn writable_root(config: &InitConfig) -> bool {
         && attempt("mkdir root", mkdir("/run/root", private));
     let layers = c"lowerdir=/,upperdir=/run/upper,workdir=/run/work";
     if !made || !mount_fs("overlay", "/run/root", MountFlags::empty(), Some(layers)) {
-        return false;
+        return Root::default();
     }
-    let switch = || {
+    let open = |path| {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, Mode::empty())
+    };
+    let switch = || -> Result<Layers, Errno> {
+        // No name leads there afterwards.
+        let layers = Layers {
+            upper: open("/run/upper")?,
+            image: open("/")?,
+        };
         chdir("/run/root")?;
         if disk {
             keep_disk()?;
@@ -89,9 +109,19 @@ pub fn writable_root(config: &InitConfig) -> bool {
         // The old root ends up on top of the new one, from where it is taken off.
         pivot_root(".", ".")?;
         unmount(".", UnmountFlags::DETACH)?;
-        chdir("/")
+        chdir("/")?;
+        Ok(layers)
     };
-    attempt("switch to the writable root", switch()) && disk
+    match switch() {
+        Ok(layers) => Root {
+            has_run: disk,
+            layers: Some(layers),
+        },
+        Err(errno) => {
+            warn(&format!("switch to the writable root: {errno}"));
+            Root::default()
+        }
+    }
 }
 
 /// Gives the disk a second mount in the new root, where we are: the first goes with the old root.

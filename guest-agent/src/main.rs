@@ -105,18 +105,18 @@ fn run_as_init() -> Result<std::convert::Infallible, Failure> {
             init::warn(&message);
             Options::default()
         });
-    let has_run = init::writable_root(&options.init);
+    let root = init::writable_root(&options.init);
     // A guest that wakes up has housekeeping to do, which can wait until somebody has his answer.
     if let Err(errno) = sys::go_first() {
         init::warn(&format!("sched_setattr: {errno}"));
     }
-    let mut server = Server::new(true)?;
+    let mut server = Server::new(true, root.layers)?;
     server.listen(listen::vsock()?);
     let has_dev = init::devices();
     if let Err(failure) = server.dial(Box::new(call_host)) {
         init::warn(&failure.message);
     }
-    init::the_rest(&options.init, has_run, has_dev);
+    init::the_rest(&options.init, root.has_run, has_dev);
     if let Err(failure) = server.prepare_restored() {
         init::warn(&failure.message);
     }
@@ -140,7 +140,7 @@ fn run_as_process() -> Result<std::convert::Infallible, String> {
     // Orphans of programs become our children, as they do for PID 1.
     rustix::process::set_child_subreaper(rustix::process::Pid::from_raw(1))
         .map_err(|errno| format!("prctl: {errno}"))?;
-    let mut server = Server::new(false).map_err(|failure| failure.message)?;
+    let mut server = Server::new(false, None).map_err(|failure| failure.message)?;
     if let Some(path) = &options.listen_unix {
         let listener =
             listen::unix(path).map_err(|error| format!("{}: {error}", path.display()))?;

@@ -13,3 +13,9 @@ pub const DEFAULT_OUTPUT_WINDOW: u32 = 256 * 1024;
 
 /// The most bytes that one Stdout, Stderr or StdinData carries.
 pub const MAX_DATA: usize = 64 * 1024;
+
+/// The most entries that the answer to `ListUpper` has.
+pub const MAX_UPPER_ENTRIES: usize = 200_000;
+
+/// The most bytes that their paths and targets have together.
+pub const MAX_UPPER_BYTES: usize = 32 << 20;

@@ -6,6 +6,7 @@
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 use std::time::Instant;
 
 use guest_agent::proto::{Feature, Hello, MAX_DATA, Shutdown, Stream};
@@ -18,6 +19,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use crate::cgroup::{Cgroup, Cgroups};
 use crate::connection::{Connection, Context};
 use crate::failure::Failure;
+use crate::files::Layers;
 use crate::lane::Lane;
 use crate::program::{Program, STDIN_WINDOW};
 use crate::restored::Prepared;
@@ -64,6 +66,8 @@ pub struct Server {
     source_files: u64,
     cgroups: Cgroups,
     warm: Warm,
+    /// What the root consists of, if it is a layer above an image.
+    layers: Option<Rc<Layers>>,
     /// Control groups that are to be removed as soon as their last process is gone.
     remains: Vec<Cgroup>,
     prepared: Prepared,
@@ -73,11 +77,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server without clients. Signals are blocked from here on.
+    /// A server without clients, in a guest whose root consists of `layers`. Signals are blocked from here on.
     ///
     /// # Errors
     /// A failure that names the system call.
-    pub fn new(is_init: bool) -> Result<Self, Failure> {
+    pub fn new(is_init: bool, layers: Option<Layers>) -> Result<Self, Failure> {
         let mut boot_id = [0; 16];
         // It tells boots apart and keeps no secret, so there is no waiting for entropy.
         getrandom(&mut boot_id, GetRandomFlags::INSECURE)
@@ -93,6 +97,7 @@ impl Server {
             source_files: 0,
             cgroups: Cgroups::new(is_init),
             warm: Warm::default(),
+            layers: layers.map(Rc::new),
             remains: Vec::new(),
             prepared: Prepared::default(),
             lane_turns: 0,
@@ -148,6 +153,9 @@ impl Server {
         }
         if self.cgroups.are_available() {
             features.push(Feature::Limits.into());
+        }
+        if self.layers.is_some() {
+            features.push(Feature::Upper.into());
         }
         Hello {
             min_version: SUPPORTED.min,
@@ -388,6 +396,7 @@ impl Server {
                 cgroups: &mut self.cgroups,
                 prepared: &mut self.prepared,
                 warm: &mut self.warm,
+                layers: self.layers.clone(),
             });
         } else if flags.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
             connection.broken(None);

@@ -224,11 +224,23 @@ pub fn go_first() -> Result<(), Errno> {
     Ok(())
 }
 
-/// Closes every descriptor but 0, 1 and 2: for a copy of the agent alone, which never comes back
+/// Closes every descriptor but 0, 1, 2 and those in `kept`: for a copy of the agent alone, which never comes back
 /// to what owns them.
-pub fn close_others() {
-    // SAFETY: nothing that runs in the copy uses them again: `fork`'s child ends by _exit.
-    unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
+pub fn close_others(kept: &[BorrowedFd<'_>]) {
+    let mut kept: Vec<_> = kept
+        .iter()
+        .filter_map(|fd| u32::try_from(fd.as_raw_fd()).ok())
+        .collect();
+    kept.sort_unstable();
+    let mut first = 3_u32;
+    for end in kept.into_iter().chain([u32::MAX]) {
+        let last = if end == u32::MAX { end } else { end - 1 };
+        if first <= last {
+            // SAFETY: nothing that runs in the copy uses them again: `fork`'s child ends by _exit.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) };
+        }
+        first = first.max(end.saturating_add(1));
+    }
 }
 
 /// Has a pipe refer to `bytes` where they are, as far as it has room; says how many it took. What the reader

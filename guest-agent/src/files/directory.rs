@@ -43,7 +43,7 @@ fn info(name: &[u8], path: &Path, metadata: &Metadata) -> FileInfo {
 pub fn list(request: &List) -> Result<(), Failure> {
     let path = path(&request.path);
     let fail = |error: io::Error| failed(path, &error);
-    let mut records = Records::new();
+    let mut records = Records::default();
     for entry in std::fs::read_dir(path).map_err(fail)? {
         let entry = entry.map_err(fail)?;
         // What is gone by now is not in there any more.
@@ -64,7 +64,7 @@ pub fn stat(request: &Stat) -> Result<(), Failure> {
         path.symlink_metadata()
     };
     let metadata = metadata.map_err(|error| failed(path, &error))?;
-    let mut records = Records::new();
+    let mut records = Records::default();
     records.push(&info(&request.path, path, &metadata))?;
     records.send()
 }

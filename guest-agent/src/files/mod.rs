@@ -7,12 +7,15 @@
 mod content;
 mod directory;
 mod tree;
+mod upper;
 mod watch;
 
 use std::ffi::OsStr;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use guest_agent::frame;
 use guest_agent::proto::{
@@ -26,6 +29,8 @@ use crate::failure::{Failure, plain};
 use crate::identity::Identity;
 use crate::spawn::{Spawned, helper_pipes};
 use crate::sys;
+
+pub use upper::Layers;
 
 /// A request about files.
 pub enum Task {
@@ -49,6 +54,8 @@ pub enum Task {
     ReadTree(ReadTree),
     /// A tree to unpack.
     WriteTree(WriteTree),
+    /// What was written to the root to tell.
+    ListUpper(Rc<Layers>),
 }
 
 impl Task {
@@ -65,6 +72,7 @@ impl Task {
             Self::Watch(it) => &it.user,
             Self::ReadTree(it) => &it.user,
             Self::WriteTree(it) => &it.user,
+            Self::ListUpper(_) => "root",
         }
     }
 
@@ -84,6 +92,7 @@ impl Task {
             Self::Watch(it) => (&it.path, None, None),
             Self::ReadTree(it) => (&it.path, None, None),
             Self::WriteTree(it) => (&it.path, None, None),
+            Self::ListUpper(_) => return Ok(()),
         };
         let invalid = |message| Err(Failure::new(ErrorCode::InvalidArgument, message));
         for path in [Some(path), other].into_iter().flatten() {
@@ -114,6 +123,7 @@ impl Task {
             Self::Watch(it) => watch::watch(it),
             Self::ReadTree(it) => tree::read(it),
             Self::WriteTree(it) => tree::write(it),
+            Self::ListUpper(layers) => upper::list(layers),
         }
     }
 }
@@ -129,7 +139,12 @@ pub fn start(task: &Task, identity: Option<&Identity>) -> Result<Spawned, Failur
         let result = become_standard()
             .map_err(|errno| Failure::internal("dup2", errno))
             .and_then(|()| {
-                sys::close_others();
+                match task {
+                    Task::ListUpper(layers) => {
+                        sys::close_others(&[layers.upper.as_fd(), layers.image.as_fd()]);
+                    }
+                    _ => sys::close_others(&[]),
+                }
                 if matches!(task, Task::Write(_)) {
                     content::block_termination()?;
                 } else {
@@ -193,15 +208,12 @@ fn wrong(code: ErrorCode, path: &Path, what: &str) -> Failure {
 }
 
 /// Messages on the way to the client, as frames on standard output.
+#[derive(Default)]
 struct Records {
     buffer: Vec<u8>,
 }
 
 impl Records {
-    fn new() -> Self {
-        Self { buffer: Vec::new() }
-    }
-
     fn push<M: Message>(&mut self, message: &M) -> Result<(), Failure> {
         frame::encode(message, &mut self.buffer)
             .map_err(|error| Failure::internal("a record", error))?;

@@ -58,7 +58,7 @@ pub fn watch(request: &Watch) -> Result<(), Failure> {
         root,
         recursive: request.recursive,
         watched: HashMap::new(),
-        records: Records::new(),
+        records: Records::default(),
         moved: None,
     };
     watcher.add(PathBuf::new())?;
