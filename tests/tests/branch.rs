@@ -6,6 +6,8 @@ mod children;
 mod drives;
 #[path = "branch/explore.rs"]
 mod explore;
+#[path = "branch/files.rs"]
+mod files;
 #[path = "snapshot/guest.rs"]
 mod guest;
 #[path = "branch/pool.rs"]
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
             rollback::to_a_snapshot,
         ),
         test("differences_are_counted", Guest, rollback::differences),
+        test("files_that_differ_are_told", Guest, files::told),
         test("each_child_has_drives_of_its_own", Guest, drives::family),
         test("a_pool_gives_its_processes_away", Guest, pool::serves),
         test("the_first_success_is_kept", Guest, explore::first_success),

@@ -15,6 +15,7 @@ mod quiet;
 #[cfg(test)]
 mod quiet_tests;
 mod stdio;
+mod upper;
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -36,11 +37,12 @@ pub use files::WriteOptions;
 pub use link::Controller;
 pub use quiet::Quiet;
 pub use stdio::{Stdin, Stdio};
+pub use upper::Upper;
 
 pub use guest_agent::proto::{
-    AGENT_PORT, EnvVar, Exec as ExecRequest, FileInfo, FileKind, Language, Limits, Pty,
-    Restored as RestoredRequest, RunCode as RunCodeRequest, ShutdownMode, Warm as WarmRequest,
-    WatchEvent, WatchKind,
+    AGENT_PORT, EnvVar, Exec as ExecRequest, FileInfo, FileKind, InImage, Language, Limits, Pty,
+    Restored as RestoredRequest, RunCode as RunCodeRequest, ShutdownMode, UpperEntry, UpperKind,
+    Warm as WarmRequest, WatchEvent, WatchKind,
 };
 pub use guest_agent::tree::TreeError;
 

@@ -147,8 +147,8 @@ pub fn differences() -> Result<(), Failed> {
     host.ok(&["branch", "one", "kid"])?;
     let differ = |a: &str, b: &str| -> Result<u64, Failed> {
         let said = host.ok(&["diff", a, b, "--json"])?.stdout;
-        let regions: serde_json::Value = serde_json::from_str(&said)?;
-        let count = regions[0]["differ"].as_u64();
+        let told: serde_json::Value = serde_json::from_str(&said)?;
+        let count = told["regions"][0]["differ"].as_u64();
         Ok(count.ok_or_else(|| format!("no regions: {said}"))?)
     };
     let before = differ("one", "kid")?;

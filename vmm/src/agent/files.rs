@@ -260,7 +260,7 @@ impl Agent {
     }
 
     /// Takes messages from a content that is frames of them, until `take` has had enough.
-    fn records<M: Message + Default>(
+    pub(super) fn records<M: Message + Default>(
         &self,
         kind: to_agent::Kind,
         mut take: impl FnMut(M) -> Result<bool, AgentError>,

@@ -191,7 +191,7 @@ fn verify_one(
 
 /// A part of memory, or a disk.
 #[derive(Debug, Serialize)]
-struct Region {
+pub struct Region {
     name: String,
     /// Its first address, or 0 for a disk.
     start: u64,
@@ -206,24 +206,20 @@ struct Region {
 pub fn diff(store: &Store, args: &DiffArgs) -> Result<u8, CliError> {
     let a = store.hold(&args.a).map_err(failed)?;
     let b = store.hold(&args.b).map_err(failed)?;
-    print_differences(store, [a.snapshot(), b.snapshot()], args.json)
+    let regions = regions(store, a.snapshot(), b.snapshot()).map_err(failed)?;
+    match args.json {
+        true => print_json(&regions),
+        false => print(table(&regions).as_bytes()),
+    }
 }
 
-/// Prints how two snapshots differ, as JSON or for people.
-pub fn print_differences(
-    store: &Store,
-    [a, b]: [&Snapshot; 2],
-    json: bool,
-) -> Result<u8, CliError> {
-    let regions = compare(store, a, b).map_err(failed)?;
-    if json {
-        return print_json(&regions);
-    }
+/// Regions for people.
+pub fn table(regions: &[Region]) -> String {
     let mut text = format!(
         "{:>18}  {:>7}  {:>8}  {:>7}  REGION\n",
         "START", "SIZE", "DIFFER", ""
     );
-    for region in &regions {
+    for region in regions {
         let Region {
             name,
             start,
@@ -233,10 +229,11 @@ pub fn print_differences(
         let (size, different) = (bytes(region.bytes), bytes(differ * PAGE_BYTES));
         text += &format!("{start:#18x}  {size:>7}  {differ:>8}  {different:>7}  {name}\n");
     }
-    print(text.as_bytes())
+    text
 }
 
-fn compare(store: &Store, a: &Snapshot, b: &Snapshot) -> Result<Vec<Region>, StoreError> {
+/// How two snapshots differ.
+pub fn regions(store: &Store, a: &Snapshot, b: &Snapshot) -> Result<Vec<Region>, StoreError> {
     let mut regions = Vec::new();
     for layer in a
         .layer_names()
