@@ -13,14 +13,15 @@ use std::time::{Duration, Instant};
 
 use guest_agent::frame::{FrameBuffer, FrameError};
 use guest_agent::proto::{
-    DEFAULT_OUTPUT_WINDOW, Done, ErrorCode, Exec, Hello, MAX_DATA, Pong, Restored, Shutdown,
-    ShuttingDown, Started, Stream, ToAgent, from_agent::Kind, to_agent,
+    BranchWanted, DEFAULT_OUTPUT_WINDOW, Done, ErrorCode, Exec, Feature, Hello, MAX_DATA, Pong,
+    Restored, Shutdown, ShuttingDown, Started, Stream, ToAgent, from_agent::Kind, to_agent,
 };
 use guest_agent::version::{SUPPORTED, VersionRange};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 
+use crate::branching::Branching;
 use crate::cgroup::{Cgroup, Cgroups};
 use crate::failure::Failure;
 use crate::files::{self, Layers, Task};
@@ -54,6 +55,8 @@ pub struct Context<'a> {
     pub prepared: &'a mut Prepared,
     /// The interpreters that stand ready.
     pub warm: &'a mut Warm,
+    /// Programs that ask for children of the guest.
+    pub branching: &'a mut Branching,
     /// What the root consists of, if it is a layer above an image.
     pub layers: Option<Rc<Layers>>,
 }
@@ -74,6 +77,8 @@ pub struct Connection {
     is_link: bool,
     /// Whether the client has ever answered.
     is_greeted: bool,
+    /// Whether the client can be asked for children of the guest.
+    takes_asks: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -103,6 +108,7 @@ impl Connection {
             state: State::Greeting,
             is_link: false,
             is_greeted: false,
+            takes_asks: false,
         }
     }
 
@@ -112,6 +118,15 @@ impl Connection {
             is_link: true,
             ..Self::new(wire, hello)
         }
+    }
+
+    /// Asks the client for children of the guest; false where it is not one that can be asked.
+    pub fn ask(&mut self, wanted: BranchWanted) -> bool {
+        let can = self.takes_asks && matches!(self.state, State::Open { .. });
+        if can {
+            self.output.push(0, Kind::BranchWanted(wanted));
+        }
+        can
     }
 
     /// What the client is on, as long as there is one.
@@ -279,6 +294,11 @@ impl Connection {
             }
             (Some(Ask::Shutdown(shutdown)), _) => self.shutdown(id, shutdown, context),
             (Some(Ask::Restored(restored)), _) => self.restored(id, &restored, context),
+            (Some(Ask::Branched(branched)), _) => {
+                context.branching.answered(&branched);
+                self.output.push(id, Kind::Done(Done {}));
+                Ok(())
+            }
             (Some(Ask::ReadFile(it)), _) => self.work(id, &Task::Read(it), output_window, context),
             (Some(Ask::WriteFile(it)), _) => {
                 self.work(id, &Task::Write(it), output_window, context)
@@ -358,6 +378,7 @@ impl Connection {
         };
         self.state = State::Open { output_window };
         self.is_greeted = true;
+        self.takes_asks = self.is_link && hello.features.contains(&Feature::GuestBranch.into());
         Ok(())
     }
 
@@ -451,6 +472,7 @@ impl Connection {
         }
         restored::restored(restored, context.prepared)?;
         *context.is_restored = true;
+        context.branching.restored(restored.child.as_ref());
         self.output.push(id, Kind::Done(Done {}));
         Ok(())
     }

@@ -7,7 +7,9 @@
 //! for what a client may rely on.
 #![deny(unsafe_code)]
 
+mod branching;
 mod cgroup;
+mod command;
 mod connection;
 mod failure;
 mod files;
@@ -41,7 +43,8 @@ use wire::Wire;
 
 const USAGE: &str = "\
 usage: guest-agent [--listen-unix PATH] [--dial-unix PATH]     as an ordinary process
-       init [--upper=DEVICE] [--hostname=NAME]                 as PID 1";
+       init [--upper=DEVICE] [--hostname=NAME]                 as PID 1
+       bough branch [-n COUNT]                                 in a guest";
 
 /// What the command line, or as PID 1 the kernel's command line after `--`, asks for.
 #[derive(Default)]
@@ -88,6 +91,10 @@ fn main() -> ExitCode {
         // Through the panic hook: it prints on the console and ends the guest.
         panic!("the guest agent cannot go on: {}", error.message);
     }
+    let mut arguments = std::env::args_os();
+    if command::is_meant(arguments.next()) {
+        return command::run(arguments);
+    }
     match run_as_process() {
         Ok(never) => match never {},
         Err(message) => {
@@ -118,6 +125,9 @@ fn run_as_init() -> Result<std::convert::Infallible, Failure> {
     }
     init::the_rest(&options.init, root.has_run, has_dev);
     if let Err(failure) = server.prepare_restored() {
+        init::warn(&failure.message);
+    }
+    if let Err(failure) = server.take_asks() {
         init::warn(&failure.message);
     }
     server.run()

@@ -133,6 +133,10 @@ fn is_right(now: Timespec, time: Timespec) -> bool {
     TOLERANCE.contains(&late)
 }
 
+fn is_word(name: &str) -> bool {
+    (1..=MAX_HOSTNAME).contains(&name.len()) && !name.contains(|c: char| c.is_control() || c == ' ')
+}
+
 /// The time, if all fields can be.
 fn check(request: &Restored) -> Result<Timespec, String> {
     let entropy = request.entropy.len();
@@ -151,9 +155,15 @@ fn check(request: &Restored) -> Result<Timespec, String> {
         return Err("machine_id is not 32 hexadecimal digits in lower case".to_owned());
     }
     let name = &request.hostname;
-    if name.len() > MAX_HOSTNAME || name.contains(|c: char| c.is_control() || c == ' ') {
+    if !name.is_empty() && !is_word(name) {
         return Err(format!(
             "hostname is no name of at most {MAX_HOSTNAME} bytes"
+        ));
+    }
+    let child = request.child.as_ref();
+    if child.is_some_and(|child| !is_word(&child.name)) {
+        return Err(format!(
+            "child.name is no word of at most {MAX_HOSTNAME} bytes"
         ));
     }
     let nanos = i64::try_from(request.realtime_ns)
@@ -168,6 +178,8 @@ fn check(request: &Restored) -> Result<Timespec, String> {
 
 #[cfg(test)]
 mod tests {
+    use guest_agent::proto::Child;
+
     use super::*;
 
     #[test]
@@ -195,6 +207,11 @@ mod tests {
             realtime_ns: 1_700_000_000_123_456_789,
             machine_id: "0123456789abcdef".repeat(2),
             hostname: "copy-1".into(),
+            child: Some(Child {
+                ask: 1,
+                index: 1,
+                name: "copy-1".into(),
+            }),
         }
     }
 
@@ -226,5 +243,13 @@ mod tests {
         assert!(with(|r| r.machine_id = "../".repeat(8)).contains("machine_id"));
         assert!(with(|r| r.hostname = "x".repeat(65)).contains("hostname"));
         assert!(with(|r| r.hostname = "a\nb".into()).contains("hostname"));
+        for name in ["", "a b", "a\nchild"] {
+            let mut request = good();
+            request.child = request.child.map(|child| Child {
+                name: name.into(),
+                ..child
+            });
+            assert!(check(&request).unwrap_err().contains("child.name"));
+        }
     }
 }

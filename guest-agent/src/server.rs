@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use crate::branching::Branching;
 use crate::cgroup::{Cgroup, Cgroups};
 use crate::connection::{Connection, Context};
 use crate::failure::Failure;
@@ -44,6 +45,10 @@ enum Token {
     Signals,
     Listener(usize),
     Client(usize),
+    /// Where programs connect that ask for children of the guest.
+    Asks,
+    /// One of them.
+    Asker(u64),
     Pipe(usize, u32, Stream),
     /// A copy of an interpreter, which a program runs in or is on its way into.
     Copy(usize, u32),
@@ -68,6 +73,7 @@ pub struct Server {
     warm: Warm,
     /// What the root consists of, if it is a layer above an image.
     layers: Option<Rc<Layers>>,
+    branching: Branching,
     /// Control groups that are to be removed as soon as their last process is gone.
     remains: Vec<Cgroup>,
     prepared: Prepared,
@@ -98,6 +104,7 @@ impl Server {
             cgroups: Cgroups::new(is_init),
             warm: Warm::default(),
             layers: layers.map(Rc::new),
+            branching: Branching::default(),
             remains: Vec::new(),
             prepared: Prepared::default(),
             lane_turns: 0,
@@ -129,6 +136,15 @@ impl Server {
         self.prepared.open()
     }
 
+    /// Lets programs of the guest ask for children of it.
+    ///
+    /// # Errors
+    /// A failure that names the socket.
+    pub fn take_asks(&mut self) -> Result<(), Failure> {
+        let opened = self.branching.open();
+        opened.map_err(|errno| Failure::internal("the socket of bough", errno))
+    }
+
     fn call(&mut self, dial: &Dial) -> Result<(), Failure> {
         let wire = dial().map_err(|error| Failure::internal("nobody on the host's port", error))?;
         let mut connection = Connection::link(wire, self.hello());
@@ -150,6 +166,7 @@ impl Server {
             features.push(Feature::User.into());
             features.push(Feature::Shutdown.into());
             features.push(Feature::Restored.into());
+            features.push(Feature::GuestBranch.into());
         }
         if self.cgroups.are_available() {
             features.push(Feature::Limits.into());
@@ -263,6 +280,14 @@ impl Server {
         }
         tokens.push(Token::Signals);
         fds.push(PollFd::from_borrowed_fd(self.signals.fd(), input));
+        if let Some(listener) = self.branching.listener() {
+            tokens.push(Token::Asks);
+            fds.push(PollFd::new(listener, input));
+        }
+        for (ask, socket) in self.branching.clients() {
+            tokens.push(Token::Asker(ask));
+            fds.push(PollFd::from_borrowed_fd(socket, input));
+        }
         let mut clients = 0;
         for (index, connection) in self.connections.iter().enumerate() {
             let Some(wire) = connection.wire() else {
@@ -310,6 +335,8 @@ impl Server {
                 Token::Warm(which) => self.warm.hear(which, &mut self.cgroups),
                 Token::Signals => self.take_signals(),
                 Token::Client(index) => is_restored |= self.serve(index, flags),
+                Token::Asks => self.branching.accept(),
+                Token::Asker(ask) => self.branching.hear(ask),
                 // Who waits there since before the snapshot is lost like the others.
                 Token::Listener(index) if is_restored => while self.accept(index).is_some() {},
                 Token::Listener(index) => {
@@ -321,6 +348,7 @@ impl Server {
                 }
             }
         }
+        self.ask_host();
         let now = self.has_deadlines().then(Instant::now);
         for connection in &mut self.connections {
             if let Some(now) = now {
@@ -350,7 +378,19 @@ impl Server {
         self.connections.retain(|connection| !connection.is_over());
         if let Some(dial) = self.dial.take_if(|_| is_lost) {
             // Where nobody listens any more, the agent carries on without.
-            let _ = self.dial(dial);
+            if self.dial(dial).is_err() {
+                self.branching.refuse();
+            }
+        }
+    }
+
+    /// Asks the host what programs want to ask it.
+    fn ask_host(&mut self) {
+        if let Some(wanted) = self.branching.next() {
+            let mut connections = self.connections.iter_mut();
+            if !connections.any(|connection| connection.ask(wanted)) {
+                self.branching.refuse();
+            }
         }
     }
 
@@ -397,6 +437,7 @@ impl Server {
                 prepared: &mut self.prepared,
                 warm: &mut self.warm,
                 layers: self.layers.clone(),
+                branching: &mut self.branching,
             });
         } else if flags.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
             connection.broken(None);

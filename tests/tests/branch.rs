@@ -1,5 +1,7 @@
 //! Children of a real guest: each goes on from the moment it has in common with the others, by itself.
 
+#[path = "branch/asked.rs"]
+mod asked;
 #[path = "branch/children.rs"]
 mod children;
 #[path = "branch/drives.rs"]
@@ -25,6 +27,8 @@ use tests::test;
 fn main() -> ExitCode {
     tests::main(vec![
         test("a_program_goes_on_in_every_child", Guest, children::go_on),
+        test("a_script_branches_itself", Guest, asked::by_a_script),
+        test("who_waits_is_told", Guest, asked::waiting),
         test("children_branch_in_turn", Guest, children::generations),
         test("one_may_die_before_the_other", Guest, children::deaths),
         test(

@@ -6,6 +6,7 @@
 //! The agent may be hostile: what it sends is bounded, and its texts are made fit
 //! for a terminal before anybody sees them.
 
+mod asks;
 mod channel;
 mod content;
 mod files;
@@ -24,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use guest_agent::frame::FrameError;
 use guest_agent::proto::{
-    ErrorCode, Exited, Hello, Ping, Shutdown, Stream, exited, from_agent, to_agent,
+    ErrorCode, Exited, Feature, Hello, Ping, Shutdown, Stream, exited, from_agent, to_agent,
 };
 use guest_agent::version::{SUPPORTED, VersionRange};
 use thiserror::Error;
@@ -33,6 +34,7 @@ use channel::Channel;
 use link::{Event, Link, OUTPUT_WINDOW, Owner, Request};
 use stdio::{Input, Sink};
 
+pub use asks::Answerer;
 pub use files::WriteOptions;
 pub use link::Controller;
 pub use quiet::Quiet;
@@ -40,9 +42,9 @@ pub use stdio::{Stdin, Stdio};
 pub use upper::Upper;
 
 pub use guest_agent::proto::{
-    AGENT_PORT, EnvVar, Exec as ExecRequest, FileInfo, FileKind, InImage, Language, Limits, Pty,
-    Restored as RestoredRequest, RunCode as RunCodeRequest, ShutdownMode, UpperEntry, UpperKind,
-    Warm as WarmRequest, WatchEvent, WatchKind,
+    AGENT_PORT, BranchWanted, Child, EnvVar, Exec as ExecRequest, FileInfo, FileKind, InImage,
+    Language, Limits, Pty, Restored as RestoredRequest, RunCode as RunCodeRequest, ShutdownMode,
+    UpperEntry, UpperKind, Warm as WarmRequest, WatchEvent, WatchKind,
 };
 pub use guest_agent::tree::TreeError;
 
@@ -236,6 +238,7 @@ impl Agent {
             min_version: SUPPORTED.min,
             max_version: SUPPORTED.max,
             software: concat!("bough-vmm ", env!("CARGO_PKG_VERSION")).into(),
+            features: vec![Feature::GuestBranch.into()],
             output_window: OUTPUT_WINDOW,
             ..Hello::default()
         };

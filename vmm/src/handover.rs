@@ -47,6 +47,12 @@ pub struct Handover {
     pub labels: BTreeMap<String, String>,
     /// What its tree may have together.
     pub budget: Budget,
+    /// How many children its guest may have made that are alive.
+    pub guest_branch: u32,
+    /// What its parent's guest has asked, if that wanted it.
+    pub ask: Option<u64>,
+    /// Which of the children of a call it is, from 1.
+    pub number: u32,
     /// Where it branches off; nothing for one that goes on from a snapshot.
     pub branch: Option<BranchPoint>,
     /// Its machine, which is its parent's.
@@ -80,19 +86,25 @@ pub enum Word {
 /// The process of a child that has not been told to live on. It ends when it finds out that it never will be.
 pub struct Unborn {
     name: Option<String>,
+    number: u32,
     socket: UnixStream,
 }
 
 impl Unborn {
-    /// The shell at the other end of `socket`, for a child that is to be called `name`.
-    pub fn new(name: Option<String>, socket: UnixStream) -> io::Result<Self> {
+    /// The shell at the other end of `socket`, for the child `number` of a call, that is to be called `name`.
+    pub fn new(name: Option<String>, number: u32, socket: UnixStream) -> io::Result<Self> {
         socket.set_read_timeout(Some(PATIENCE))?;
-        Ok(Self { name, socket })
+        Ok(Self {
+            name,
+            number,
+            socket,
+        })
     }
 
     /// Sends it what it is to be, under its name.
     pub fn send(&self, handover: &mut Handover, files: &[&File]) -> io::Result<()> {
         handover.name.clone_from(&self.name);
+        handover.number = self.number;
         handover.files = files.len();
         send(&self.socket, handover, files)
     }
@@ -100,7 +112,7 @@ impl Unborn {
     /// Goes on with another shell, since the one that it had is gone.
     pub fn replace(&mut self, socket: UnixStream) -> io::Result<()> {
         let name = self.name.take();
-        *self = Self::new(name, socket)?;
+        *self = Self::new(name, self.number, socket)?;
         Ok(())
     }
 
@@ -224,6 +236,9 @@ mod tests {
             timeout_ms: None,
             labels: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
             budget: Budget::default(),
+            guest_branch: 0,
+            ask: None,
+            number: 0,
             branch: Some(BranchPoint {
                 parent: "1".to_owned(),
                 parent_name: "one".to_owned(),

@@ -32,6 +32,7 @@ pub fn identity() -> Result<(), Failed> {
 
     let later = SystemTime::now() + Duration::from_secs(1_000_000);
     let request = RestoredRequest {
+        child: None,
         entropy: (0..64).collect(),
         realtime_ns: since_1970(later)?,
         machine_id: "0123456789abcdef0123456789abcdef".into(),

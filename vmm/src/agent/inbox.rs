@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use guest_agent::frame::{FrameBuffer, FrameError};
-use guest_agent::proto::{ErrorCode, FromAgent, MAX_DATA, Stream, from_agent};
+use guest_agent::proto::{BranchWanted, ErrorCode, FromAgent, MAX_DATA, Stream, from_agent};
 
 use super::{AgentError, printable};
 
@@ -59,6 +59,8 @@ pub(super) struct State {
     /// How many want no request to begin.
     pub holders: u32,
     pub broken: Option<Broken>,
+    /// What the guest asks and nobody has dealt with.
+    pub wanted: Vec<BranchWanted>,
 }
 
 /// The place of an output stream in a pair.
@@ -77,11 +79,15 @@ impl State {
     }
 
     fn sort(&mut self, message: FromAgent) -> Result<(), Broken> {
-        use from_agent::Kind::{Credit, Error, Started, Stderr, Stdout};
+        use from_agent::Kind::{BranchWanted, Credit, Error, Started, Stderr, Stdout};
         let Some(kind) = message.kind else {
             return Ok(());
         };
         if message.request_id == 0 {
+            if let BranchWanted(wanted) = kind {
+                self.wanted.push(wanted);
+                return Ok(());
+            }
             return Err(match kind {
                 Error(error) => Broken::Refused(error.code(), printable(&error.message)),
                 _ => Broken::Protocol("a message about no request"),

@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use guest_agent::frame::{self, FrameBuffer};
@@ -16,6 +16,7 @@ use guest_agent::proto::{Cancel, Credit, MAX_DATA, Stream, ToAgent, from_agent, 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
+use super::asks::{Answerer, deal_with};
 use super::channel::{Channel, timeout_until};
 use super::inbox::{Broken, Inbox, State, index};
 use super::{AgentError, UNEXPECTED, printable};
@@ -34,6 +35,12 @@ pub(super) struct Link {
     deadline: Mutex<Option<Instant>>,
     /// The credit that each output starts with, as the agent was told.
     output_window: u32,
+    /// Itself, as those have it who use it.
+    pub owner: Mutex<Weak<Owner>>,
+    /// Who deals with what the guest asks.
+    pub answerer: Mutex<Option<Arc<Answerer>>>,
+    /// How much of that is being dealt with.
+    pub asks: Mutex<u32>,
 }
 
 /// Ends the connection when the last of those who use it is gone.
@@ -45,7 +52,7 @@ impl Drop for Owner {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Every change to what these hold is complete in itself.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -73,8 +80,12 @@ impl Link {
             released: Condvar::new(),
             deadline: Mutex::new(deadline),
             output_window,
+            owner: Mutex::default(),
+            answerer: Mutex::default(),
+            asks: Mutex::default(),
         });
         let owner = Arc::new(Owner(link.clone()));
+        *lock(&link.owner) = Arc::downgrade(&owner);
         std::thread::Builder::new()
             .name("agent".into())
             .spawn(move || {
@@ -86,6 +97,11 @@ impl Link {
             })
             .map_err(AgentError::Socket)?;
         Ok(owner)
+    }
+
+    /// What it is on.
+    pub fn socket(&self) -> &UnixStream {
+        &self.socket
     }
 
     /// From now on, whoever waits gives up at this moment.
@@ -151,7 +167,7 @@ impl Link {
     }
 
     /// Reads until the connection ends; says why.
-    fn read(&self, mut frames: FrameBuffer) -> Broken {
+    fn read(self: &Arc<Self>, mut frames: FrameBuffer) -> Broken {
         let mut scratch = vec![0; MAX_DATA];
         // Held from when bytes are taken off the socket until they are sorted, so that nobody finds them in between.
         let mut state = lock(&self.state);
@@ -159,7 +175,13 @@ impl Link {
             if let Err(broken) = state.sort_all(&mut frames) {
                 return broken;
             }
+            let wanted = std::mem::take(&mut state.wanted);
             drop(state);
+            for wanted in wanted {
+                if let Err(broken) = deal_with(self, wanted) {
+                    return broken;
+                }
+            }
             let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
             match poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}

@@ -17,7 +17,7 @@ use snapshot_fmt::state::agent::AgentState;
 use super::launch::{Launch, become_monitor};
 use super::ready::{Boot, listen_for_agent};
 use super::{CliError, ending_status, print};
-use crate::agent::{AGENT_PORT, Agent};
+use crate::agent::{AGENT_PORT, Agent, Child};
 use crate::config::{ConsoleConfig, VmConfig};
 use crate::control::rollback::Reception;
 use crate::control::routes::Control;
@@ -51,6 +51,9 @@ pub struct DetachedArgs {
     /// Refuse children where the sandbox and all that branch off it would be more than this
     #[arg(long, value_name = "N")]
     pub tree_sandboxes: Option<u32>,
+    /// Let programs of the guest make children of the sandbox (`bough branch`), at most N alive at a time; the children make none
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub guest_branch: u32,
     /// Print JSON: what `vmm inspect` prints
     #[arg(long)]
     pub json: bool,
@@ -154,6 +157,7 @@ fn record(sandbox: &SandboxDir, launch: &Launch, config: &VmConfig) -> Record {
         warm: vm.warm.clone(),
         branch: launch.branch.clone(),
         budget: vm.budget,
+        guest_branch: vm.guest_branch,
     }
 }
 
@@ -241,6 +245,7 @@ pub fn monitor(
             ..supervisor.clone()
         },
         name: launch.branch.as_ref().map(|_| record.name.clone()),
+        child: launch.child(&record.name),
     };
     let control = Control::new(
         record.clone(),
@@ -251,7 +256,7 @@ pub fn monitor(
         Box::new(reception),
         Snapshots::new(described, past),
     );
-    let control = Arc::new(control);
+    let is_guests = launch.ask.is_some();
     let wants_working_set = launch
         .source
         .saved()
@@ -286,7 +291,11 @@ pub fn monitor(
     let exit = exit_record(&machine, &ending, control.is_stopping());
     let status = exit.status;
     // Before anything can hang: a forced end leaves at least this.
-    let recorded = sandbox.end(&exit);
+    // What a guest makes leaves nothing: it could make it for ever.
+    let recorded = match is_guests {
+        false => sandbox.end(&exit),
+        true => Ok(()),
+    };
     end_by_force(status, None);
     server.drain(DRAIN_PATIENCE);
     drop(machine);
@@ -302,12 +311,18 @@ struct Doorman {
     supervisor: Supervisor,
     /// The guest's own, where it is a child.
     name: Option<String>,
+    /// Which child it is, to a program that asked and is where it was then.
+    child: Option<Child>,
 }
 
 impl Reception for Doorman {
     fn listen(&self) -> Result<UnixListener, String> {
         let _ = std::fs::remove_file(self.paths.vsock_listener(AGENT_PORT));
         listen_for_agent(&self.paths).map_err(|error| error.to_string())
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.supervisor.deadline
     }
 
     fn receive(
@@ -324,7 +339,7 @@ impl Reception for Doorman {
             timings: &Timings::since(start),
         };
         let (agent, watch) = boot
-            .restored_agent(ready, state, self.name.as_deref())
+            .restored_agent(ready, state, self.name.as_deref(), self.child.clone())
             .map_err(|error| error.to_string())?;
         match watch.end() {
             None => Ok(agent),

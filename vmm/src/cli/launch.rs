@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::vm_args::{installed_image, installed_kernel};
 use super::vm_spec::VmSpec;
 use super::{CliError, ending_status};
+use crate::agent::Child;
 use crate::boot_cache::BootCache;
 use crate::builder::{self, BuildError, Origin, Shell};
 use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
@@ -77,11 +78,20 @@ pub struct Launch {
     pub cached: bool,
     /// Where it branches off another sandbox, if it does.
     pub branch: Option<BranchPoint>,
+    /// What its parent's guest has asked, if that wanted it, and which of the children it is.
+    pub ask: Option<(u64, u32)>,
     /// What was made ahead for it, if anything was.
     pub shell: Option<Shell>,
 }
 
 impl Launch {
+    /// Which child it is, under its `name`, to a guest that has asked for it.
+    pub fn child(&self, name: &str) -> Option<Child> {
+        let (ask, index) = self.ask?;
+        let name = name.to_owned();
+        Some(Child { ask, index, name })
+    }
+
     /// The machine's configuration in a sandbox.
     pub fn config(
         &self,

@@ -211,6 +211,7 @@ mod tests {
                 image: String::new(),
                 labels: Default::default(),
                 budget: Default::default(),
+                guest_branch: 0,
                 env: Default::default(),
                 cwd: None,
                 user: None,

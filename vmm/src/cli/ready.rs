@@ -9,7 +9,7 @@ use snapshot_fmt::state::agent::AgentState;
 use super::CliError;
 use super::launch::Launch;
 use super::vm_spec::VmSpec;
-use crate::agent::{AGENT_PORT, Agent, AgentError, RestoredRequest};
+use crate::agent::{AGENT_PORT, Agent, AgentError, Child, RestoredRequest};
 use crate::boot_cache::BootCache;
 use crate::logger::complain;
 use crate::machine::Machine;
@@ -80,8 +80,9 @@ impl Boot<'_> {
         name: &str,
     ) -> Result<(Agent, Watch), CliError> {
         if let Some(saved) = launch.source.saved() {
+            let child = launch.child(name);
             let name = launch.branch.as_ref().map(|_| name);
-            return self.restored_agent(ready, saved.state.agent.as_ref(), name);
+            return self.restored_agent(ready, saved.state.agent.as_ref(), name, child);
         }
         let (agent, watch) = self.wait_for_agent(ready)?;
         if let Some(interpreter) = launch.spec.interpreter() {
@@ -113,12 +114,14 @@ impl Boot<'_> {
         }
     }
 
-    /// The agent of a guest that goes on from `state`, once that has become its own, under its `name` where it is to have one.
+    /// The agent of a guest that goes on from `state`, once that has become its own, under its `name` where it is to have one; as `child`, if a
+    /// guest has asked for it.
     pub fn restored_agent(
         &self,
         ready: UnixListener,
         state: Option<&AgentState>,
         name: Option<&str>,
+        child: Option<Child>,
     ) -> Result<(Agent, Watch), CliError> {
         let (agent, watch) = match (self.machine.take_agent_link(), state) {
             (Some(stream), Some(state)) => {
@@ -131,7 +134,7 @@ impl Boot<'_> {
             _ => self.wait_for_agent(ready)?,
         };
         agent.set_deadline(Some(self.start + BOOT_DEADLINE));
-        match agent.restored(own_identity(name)?) {
+        match agent.restored(own_identity(name, child)?) {
             Ok(()) => {
                 agent.set_deadline(None);
                 self.timings.mark("guest told");
@@ -205,8 +208,8 @@ impl Boot<'_> {
 }
 
 /// What a restored guest must not have in common with others of its snapshot: random numbers and the time; its machine id, and its `name` where it is to
-/// have one.
-fn own_identity(name: Option<&str>) -> Result<RestoredRequest, CliError> {
+/// have one; and which `child` it is.
+fn own_identity(name: Option<&str>, child: Option<Child>) -> Result<RestoredRequest, CliError> {
     let mut random = [0; ENTROPY + MACHINE_ID];
     getrandom(&mut random[..], GetRandomFlags::empty()).map_err(|errno| {
         CliError::Monitor(format!("no random bytes: {}", std::io::Error::from(errno)))
@@ -219,6 +222,7 @@ fn own_identity(name: Option<&str>) -> Result<RestoredRequest, CliError> {
         entropy: entropy.to_vec(),
         machine_id: id.iter().map(|byte| format!("{byte:02x}")).collect(),
         hostname: name.unwrap_or_default().to_owned(),
+        child,
         realtime_ns: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX),
     })
 }

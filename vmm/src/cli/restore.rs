@@ -89,6 +89,9 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
         timeout_ms: args.timeout.map(millis),
         labels: args.detached.label.iter().cloned().collect(),
         budget: args.detached.budget(),
+        guest_branch: args.detached.guest_branch,
+        ask: None,
+        number: 0,
         branch: None,
         machine: saved.machine.clone(),
         programs: saved.programs.clone(),
@@ -106,7 +109,7 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
         .into_iter()
         .chain(layers.map(|layer| layer.file()))
         .collect();
-    let unborn = Unborn::new(args.name.clone(), shell).map_err(failed)?;
+    let unborn = Unborn::new(args.name.clone(), 0, shell).map_err(failed)?;
     if unborn.send(&mut handover, &files).is_err() {
         // It has died since.
         return Ok(None);
@@ -138,6 +141,7 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
         name: args.name.clone(),
         labels: args.detached.label.iter().cloned().collect(),
         budget: args.detached.budget(),
+        guest_branch: args.detached.guest_branch,
         timeout: args.timeout,
         ..VmSpec::of_saved(&saved)
     };
@@ -146,6 +150,7 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
         source: Source::Saved(Arc::new(saved)),
         cached: false,
         branch: None,
+        ask: None,
         shell: None,
     };
     detached::monitor(launch, args.timings, start, &Starter)

@@ -51,6 +51,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
         // Who wants to see the console wants to see the boot.
         cached: !args.cache.cold && args.console.is_none(),
         branch: None,
+        ask: None,
         shell: None,
     };
     // The interpreter stands ready for whoever runs this work.

@@ -103,12 +103,14 @@ fn be(args: &ShellArgs, parent: &Parent) -> Result<u8, CliError> {
             name: handover.name,
             labels: handover.labels,
             budget: handover.budget,
+            guest_branch: handover.guest_branch,
             timeout: handover.timeout_ms.map(Duration::from_millis),
             ..VmSpec::of_saved(&saved)
         },
         source: Source::Saved(Arc::new(saved)),
         cached: false,
         branch: handover.branch,
+        ask: handover.ask.map(|ask| (ask, handover.number)),
         shell: made.map(|(_, shell)| shell),
     };
     let child = Child {

@@ -31,6 +31,7 @@ pub fn start(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
     let mut spec = args.vm.resolve()?;
     spec.name = args.name.clone().or(spec.name);
     spec.budget = args.detached.budget();
+    spec.guest_branch = args.detached.guest_branch;
     spec.labels.extend(args.detached.label.iter().cloned());
     let source = Source::Boot(BootFiles::find(&spec)?);
     let launch = Launch {
@@ -38,6 +39,7 @@ pub fn start(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
         source,
         cached: !args.cache.cold,
         branch: None,
+        ask: None,
         shell: None,
     };
     detached::monitor(launch, args.vm.timings, start, &Starter)

@@ -26,6 +26,8 @@ pub struct VmSpec {
     pub labels: BTreeMap<String, String>,
     /// What its tree may have together.
     pub budget: Budget,
+    /// How many children its guest may have made that are alive.
+    pub guest_branch: u32,
     /// Virtual processors.
     pub cpus: u32,
     /// Guest memory, in MiB.
@@ -66,6 +68,7 @@ impl VmSpec {
             name: None,
             labels: BTreeMap::new(),
             budget: Budget::default(),
+            guest_branch: 0,
             cpus: saved.machine.cpus,
             memory: 0,
             kernel: None,
@@ -153,6 +156,7 @@ impl VmArgs {
             name: file.name,
             labels: file.labels,
             budget: Budget::default(),
+            guest_branch: 0,
             cpus: self.cpus.or(file.cpus).unwrap_or(1),
             memory: self.memory.or(file.memory).unwrap_or(MEMORY_MIB),
             kernel,

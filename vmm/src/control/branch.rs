@@ -64,13 +64,15 @@ fn internal(error: io::Error) -> ErrorBody {
 }
 
 impl Control {
-    /// Makes the children that `request` asks for. `client` waits for them: without it there are none.
+    /// Makes the children that `request` asks for. `client` waits for them: without it there are none. `ask` is what the guest calls its request,
+    /// if it is one of its own.
     pub(super) fn branch(
         &self,
         request: BranchRequest,
+        ask: Option<u64>,
         client: &UnixStream,
     ) -> Result<BranchView, ErrorBody> {
-        let (children, view) = self.conceive(request, client)?;
+        let (children, view) = self.conceive(request, ask, client)?;
         if client_is_gone(client) {
             return Err(unwanted());
         }
@@ -89,6 +91,7 @@ impl Control {
     pub(super) fn conceive(
         &self,
         request: BranchRequest,
+        ask: Option<u64>,
         client: &UnixStream,
     ) -> Result<(Vec<Unborn>, BranchView), ErrorBody> {
         let count = request.count;
@@ -130,6 +133,9 @@ impl Control {
             timeout_ms: request.ttl_ms,
             labels: self.record.labels.clone(),
             budget: self.record.budget,
+            guest_branch: 0,
+            ask,
+            number: 0,
             branch: Some(branch),
             machine: self.snapshots.machine.clone(),
             programs: programs(&self.record),
@@ -152,7 +158,7 @@ impl Control {
                 let name = name_of(request.name.as_deref(), number, count);
                 let shell = shells.next();
                 let shell = shell.map_or_else(|| new_shell(None, &self.reaper), Ok)?;
-                Unborn::new(name, shell)
+                Unborn::new(name, number, shell)
             })
             .collect::<io::Result<Vec<_>>>()
             .map_err(internal)?;

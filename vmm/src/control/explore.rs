@@ -218,7 +218,7 @@ impl Control {
             name: body.name.clone(),
             ..BranchRequest::default()
         };
-        let (children, view) = self.conceive(request, stream)?;
+        let (children, view) = self.conceive(request, None, stream)?;
         let started = stream
             .set_write_timeout(None)
             .and_then(|()| Chunks::start(stream, "application/x-ndjson"));

@@ -7,6 +7,7 @@ mod branch;
 pub mod client;
 pub mod exec;
 mod explore;
+mod guest_branch;
 pub mod http;
 pub mod rollback;
 pub mod routes;

@@ -24,6 +24,9 @@ pub trait Reception: Send + Sync {
     /// Where it calls if its connection did not survive.
     fn listen(&self) -> Result<UnixListener, String>;
 
+    /// When the sandbox's time is over, if it is bounded.
+    fn deadline(&self) -> Option<Instant>;
+
     /// The agent of `machine`'s guest, which was saved with `state`, once that has become a guest of its own.
     fn receive(
         &self,
@@ -84,7 +87,7 @@ impl Control {
                     self.exit.set(ExitReason::Monitor(why.clone()));
                     internal(why)
                 })?;
-            *self.lock_agent() = Some(agent);
+            self.take_agent(agent);
             if !is_origin {
                 *past = Past {
                     began: Some(to),

@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::guest_branch::GuestBranches;
 use super::http::{Chunks, Request};
 use super::rollback::Reception;
 use super::snapshot::Snapshots;
@@ -38,6 +39,8 @@ const FORCE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the API acts on.
 pub struct Control {
+    /// It, as threads have it that it does not wait for.
+    pub(super) myself: Weak<Self>,
     pub(super) record: Record,
     pub(super) paths: SandboxPaths,
     timings: Arc<Timings>,
@@ -51,6 +54,7 @@ pub struct Control {
     pub(super) reaper: Reaper,
     /// Held by one who makes children out of a budget.
     pub(super) branching: Mutex<()>,
+    pub(super) guest_branches: GuestBranches,
     stopping: AtomicBool,
 }
 
@@ -123,7 +127,7 @@ fn body<T: DeserializeOwned + Default>(request: &Request) -> Result<T, ErrorBody
 }
 
 impl Control {
-    /// For the sandbox of `record`. `agent` is a connection that serves for its end alone.
+    /// For the sandbox of `record`. `agent` is a connection that serves for its end, and for what the guest asks.
     pub fn new(
         record: Record,
         paths: SandboxPaths,
@@ -132,21 +136,31 @@ impl Control {
         agent: Agent,
         reception: Box<dyn Reception>,
         snapshots: Snapshots,
-    ) -> Self {
-        Self {
+    ) -> Arc<Self> {
+        let control = Arc::new_cyclic(|myself| Self {
+            myself: myself.clone(),
             record,
             paths,
             timings,
             metrics: Metrics::default(),
             exit: machine.exit().clone(),
             machine: Arc::downgrade(machine),
-            agent: Mutex::new(Some(agent)),
+            agent: Mutex::default(),
             reception,
             snapshots,
             reaper: Reaper::default(),
             branching: Mutex::default(),
+            guest_branches: GuestBranches::default(),
             stopping: AtomicBool::new(false),
-        }
+        });
+        control.take_agent(agent);
+        control
+    }
+
+    /// Has another connection to the guest's agent from now on.
+    pub(super) fn take_agent(&self, agent: Agent) {
+        self.serve_guest(&agent);
+        *self.lock_agent() = Some(agent);
     }
 
     pub(super) fn machine(&self) -> Result<Arc<Machine>, ErrorBody> {
@@ -304,7 +318,7 @@ fn branch(
     stream: &mut UnixStream,
 ) -> Result<Reply, ErrorBody> {
     refuse_while_stopping(control)?;
-    json(&control.branch(body(request)?, stream)?)
+    json(&control.branch(body(request)?, None, stream)?)
 }
 
 fn explore(

@@ -63,6 +63,13 @@ pub struct Record {
     /// What it and all that branch off it may have together.
     #[serde(default, skip_serializing_if = "Budget::is_unbounded")]
     pub budget: Budget,
+    /// How many children its guest may have made that are alive.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub guest_branch: u32,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// Where a sandbox branched off another.
