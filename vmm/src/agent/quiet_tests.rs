@@ -2,12 +2,13 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use guest_agent::frame::{self, FrameBuffer};
 use guest_agent::proto::{
-    Done, Error, Exited, FromAgent, Hello, Pong, Stdout, ToAgent, exited::Status, from_agent::Kind,
-    to_agent::Kind as Ask,
+    BranchWanted, Branched, Done, Error, Exited, FromAgent, Hello, Pong, Stdout, ToAgent,
+    exited::Status, from_agent::Kind, to_agent::Kind as Ask,
 };
 use snapshot_fmt::state::agent::AgentState;
 
@@ -259,4 +260,45 @@ fn hostile_states_are_refused_or_made_fit() {
     assert!(!copy.hello().software.contains('\u{1b}'));
     let _request = copy.start(ExecRequest::default()).unwrap();
     assert_eq!(peer.hear().request_id, 1, "0 is no id");
+}
+
+/// What the agent is told of what it has asked.
+fn answer(peer: &mut Peer) -> (u32, Branched) {
+    let message = peer.hear();
+    match message.kind {
+        Some(Ask::Branched(branched)) => (message.request_id, branched),
+        other => panic!("not an answer: {other:?}"),
+    }
+}
+
+#[test]
+fn what_a_guest_asks_is_refused_unless_somebody_deals_with_it() {
+    let (agent, mut peer) = greeted();
+    peer.say(0, Kind::BranchWanted(BranchWanted { ask: 1, count: 2 }));
+    let (id, branched) = answer(&mut peer);
+    assert_eq!((branched.ask, branched.names.len()), (1, 0));
+    assert!(!branched.refused.is_empty());
+    // It may have heard half of that.
+    assert!(agent.quiesce().state().is_none());
+    peer.say(id, Kind::Done(Done {}));
+    wait_for_rest(&agent, true).unwrap();
+    agent.answer_with(Arc::new(|wanted, _| {
+        Ok(vec!["kid".to_owned(); wanted.count as usize])
+    }));
+    peer.say(0, Kind::BranchWanted(BranchWanted { ask: 2, count: 2 }));
+    let (_, branched) = answer(&mut peer);
+    assert_eq!((branched.ask, &branched.refused[..]), (2, ""));
+    assert_eq!(branched.names, ["kid", "kid"]);
+}
+
+#[test]
+fn an_agent_that_asks_and_does_not_hear_is_hung_up_on() {
+    let (agent, mut peer) = greeted();
+    for ask in 1..=5 {
+        peer.say(0, Kind::BranchWanted(BranchWanted { ask, count: 1 }));
+    }
+    let end = Instant::now() + PATIENCE;
+    while !matches!(agent.ping(), Err(AgentError::Protocol { .. })) {
+        assert!(Instant::now() < end, "it goes on");
+    }
 }
