@@ -418,10 +418,10 @@ fn busy_drive() -> Result<(), Failed> {
     )
 }
 
-/// The file system of the runtime directory has no room for a directory, a lock or a socket.
+/// The file system of the runtime directory has no room for a directory, a link, a lock or a socket.
 fn full_disk() -> Result<(), Failed> {
     let directory = tempfile::tempdir()?;
-    for inodes in 1..=4 {
+    for inodes in 1..=5 {
         let script = format!(
             "mount -t tmpfs -o nr_inodes={inodes} none $XDG_RUNTIME_DIR && exec {} run --timeout 5 \
              --kernel /dev/null --image /dev/null -- true",

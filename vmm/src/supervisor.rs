@@ -93,7 +93,7 @@ pub fn end_by_force(status: u8, leftover: Option<&Path>) {
     let reaper = move || {
         std::thread::sleep(FORCE_AFTER);
         if let Some(path) = leftover {
-            let _ = std::fs::remove_dir_all(path);
+            let _ = crate::sandbox::discard(&path);
         }
         signal_hook::low_level::exit(status.into());
     };

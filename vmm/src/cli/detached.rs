@@ -28,7 +28,7 @@ use crate::machine::Machine;
 use crate::pager::Mode;
 use crate::sandbox::budget::Budget;
 use crate::sandbox::record::{ExitRecord, Record, now};
-use crate::sandbox::{SandboxDir, SandboxPaths};
+use crate::sandbox::{SandboxDir, SandboxPaths, remove_dead};
 use crate::sizes::memory_mib;
 use crate::snapshot::description::describe;
 use crate::supervisor::{Ending, Supervisor, end_by_force};
@@ -203,6 +203,10 @@ pub fn monitor(
     let bad = |error: crate::sandbox::SandboxError| CliError::BadInput(error.to_string());
     let signals = become_monitor()?;
 
+    if launch.branch.is_none() {
+        // Children's parents have done it.
+        remove_dead();
+    }
     let mut sandbox = SandboxDir::create(launch.spec.name.as_deref()).map_err(bad)?;
     let paths = sandbox.paths().clone();
     let config = launch.config(&paths, ConsoleConfig::Log(paths.console()))?;

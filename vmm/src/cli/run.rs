@@ -16,7 +16,7 @@ use crate::agent::{Agent, AgentError, ShutdownMode};
 use crate::config::ConsoleConfig;
 use crate::exit::ExitReason;
 use crate::logger::complain;
-use crate::sandbox::SandboxDir;
+use crate::sandbox::{SandboxDir, remove_dead};
 use crate::supervisor::{Ending, Supervisor, Watch, end_by_force};
 use crate::timings::Timings;
 
@@ -58,6 +58,7 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<u8, CliError> {
     launch.spec.user = Some(work.user().to_owned());
     let signals = become_monitor()?;
 
+    remove_dead();
     let sandbox =
         SandboxDir::create(None).map_err(|error| CliError::BadInput(error.to_string()))?;
     let ready = listen_for_agent(sandbox.paths())?;

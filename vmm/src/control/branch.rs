@@ -16,7 +16,7 @@ use super::types::{BranchRequest, BranchView, ErrorBody, ErrorCode};
 use crate::handover::{FILES_MAX, Handover, Unborn};
 use crate::host;
 use crate::pool::{self, new_shell};
-use crate::sandbox::{check_name, runtime_dir};
+use crate::sandbox::{check_name, remove_dead, runtime_dir};
 use crate::snapshot::branch::freeze;
 use crate::snapshot::restore::Base;
 use crate::timings::{micros, monotonic_ns};
@@ -106,6 +106,7 @@ impl Control {
             .map_or(Ok(()), check_name)
             .map_err(|error| ErrorBody::new(ErrorCode::BadBody, error.to_string()))?;
         check_memory(count, request.reserve_mib)?;
+        remove_dead();
         let branch = self.record.branch_point();
         let fits = self.record.budget;
         // Until the children are listed, and count.

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::list::{FindError, Sandbox, all};
+use super::list::{FindError, living_of_tree};
 use crate::process_memory::private_bytes;
 
 /// A budget. What it does not name is not bounded.
@@ -65,15 +65,8 @@ impl Budget {
         if self.is_unbounded() {
             return Ok(Ok(()));
         }
-        let is_of_tree = |sandbox: &Sandbox| {
-            let branch = sandbox.record.branch.as_ref();
-            sandbox.alive && branch.map_or(&sandbox.record.id, |branch| &branch.root) == root
-        };
-        let pids: Vec<u32> = all()?
-            .iter()
-            .filter(|sandbox| is_of_tree(sandbox))
-            .map(|sandbox| sandbox.record.pid)
-            .collect();
+        let living = living_of_tree(root)?;
+        let pids: Vec<u32> = living.iter().map(|sandbox| sandbox.record.pid).collect();
         let used_mib = match self.memory_mib {
             None => 0,
             Some(_) => pids.iter().map(|&pid| private_bytes(pid)).sum::<u64>() >> 20,

@@ -8,7 +8,7 @@ use rustix::fs::{FlockOperation, flock};
 use thiserror::Error;
 
 use super::record::{self, EXIT_RECORD, ExitRecord, RECORD, Record};
-use super::{SandboxPaths, runtime_dir};
+use super::{SandboxPaths, index, is_name, runtime_dir};
 
 /// A sandbox as others see it.
 #[derive(Debug, Clone)]
@@ -71,6 +71,7 @@ pub(super) fn all_in(parent: &Path) -> Result<Vec<Sandbox>, FindError> {
     };
     let mut found: Vec<Sandbox> = entries
         .flatten()
+        .filter(|entry| !index::is_hidden(&entry.file_name()))
         .filter_map(|entry| look_at(&entry.path()))
         .collect();
     // Several can be made in a second; their locks are made once.
@@ -84,6 +85,9 @@ pub(super) fn all_in(parent: &Path) -> Result<Vec<Sandbox>, FindError> {
 
 /// The sandbox of this name, or else the one whose id starts so.
 pub fn find(name: &str) -> Result<Sandbox, FindError> {
+    if let Some(found) = find_entered(&runtime_dir(), name) {
+        return Ok(found);
+    }
     let mut all = all()?;
     if let Some(index) = all.iter().position(|sandbox| sandbox.record.name == name) {
         return Ok(all.swap_remove(index));
@@ -104,6 +108,34 @@ pub fn find(name: &str) -> Result<Sandbox, FindError> {
                 .cloned(),
         }),
     }
+}
+
+/// The sandbox that has entered itself under `name`, or else the one whose whole id it is, without a look at others.
+fn find_entered(parent: &Path, name: &str) -> Option<Sandbox> {
+    let is_whole = |found: &Sandbox| found.record.id == name;
+    let by_name = find_named(parent, name);
+    // An id is never a name that leads elsewhere.
+    by_name.or_else(|| {
+        let found = is_name(name).then(|| look_at(&parent.join(name)));
+        found.flatten().filter(is_whole)
+    })
+}
+
+/// The sandbox that has entered itself under `name`.
+pub(super) fn find_named(parent: &Path, name: &str) -> Option<Sandbox> {
+    let found = look_at(&parent.join(index::holder(parent, name)?))?;
+    (found.record.name == name).then_some(found)
+}
+
+/// The living sandboxes of the tree of `root`, if that has a budget.
+pub(super) fn living_of_tree(root: &str) -> Result<Vec<Sandbox>, FindError> {
+    let parent = runtime_dir();
+    let ids = index::members(&parent, root).map_err(|source| FindError::Io {
+        path: parent.clone(),
+        source,
+    })?;
+    let found = ids.iter().filter_map(|id| look_at(&parent.join(id)));
+    Ok(found.filter(|sandbox| sandbox.alive).collect())
 }
 
 /// One is the other but for its case or one character.

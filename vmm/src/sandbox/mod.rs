@@ -11,10 +11,12 @@
 //!   vsock.sock_P  the guest's connections to host port P arrive here
 //! ```
 //!
-//! A directory whose lock nobody holds is a dead sandbox's. Whoever starts next removes it, unless it was
-//! started detached: then it stays, to be looked at, until `vmm rm` or a new sandbox of that name.
+//! A directory whose lock nobody holds is a dead sandbox's. Whoever starts or branches next removes it, unless it was
+//! started detached: then it stays, to be looked at, until `vmm rm` or a new sandbox of that name. Links beside the directories
+//! ([`index`]) lead to those, so that a sandbox comes and goes without a look at the others.
 
 pub mod budget;
+mod index;
 pub mod list;
 pub mod record;
 
@@ -26,7 +28,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use thiserror::Error;
 
-use list::Sandbox;
+use index::{Entry, Index};
+use list::{Sandbox, find_named};
 use record::{EXIT_RECORD, ExitRecord, RECORD, Record};
 
 /// Longest path that a Unix socket can be bound to, in bytes (`sun_path`, its NUL excluded).
@@ -35,8 +38,6 @@ const SOCKET_PATH_MAX: usize = 107;
 const SOCKET_NAME_ROOM: usize = 22;
 /// Characters of an id.
 const ID_LEN: usize = 8;
-/// What the name of a directory that is being removed starts with.
-const REMOVED: &str = ".removed-";
 /// How long to wait between two tries for a lock.
 const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
 /// How often a new id is tried before the last error is believed.
@@ -137,8 +138,7 @@ pub struct SandboxDir {
 }
 
 impl SandboxDir {
-    /// Makes a directory with a new id, and clears away what killed sandboxes have left. The name is the id where none
-    /// is given. What a dead sandbox of that name has left goes as well.
+    /// Makes a directory with a new id. The name is the id where none is given.
     pub fn create(name: Option<&str>) -> Result<Self, SandboxError> {
         let parent = runtime_dir();
         if parent.as_os_str().len() + ID_LEN + 1 + SOCKET_NAME_ROOM > SOCKET_PATH_MAX {
@@ -146,12 +146,12 @@ impl SandboxDir {
         }
         name.map_or(Ok(()), check_name)?;
         make_runtime_dir()?;
-        remove_dead(&parent);
+        let index = Index::lock(&parent)?;
         let mut tries = 0;
         loop {
             tries += 1;
-            match Self::create_in(&parent, &new_id()?) {
-                // The id is taken, or another starter took the new directory for a dead one.
+            match Self::create_in(&index, &new_id()?) {
+                // The id is taken, or who lists sandboxes was quicker to lock it.
                 Err(SandboxError::Io { source, .. }) if tries < TRIES && is_race(&source) => {}
                 Ok(mut sandbox) => {
                     if let Some(name) = name {
@@ -164,41 +164,45 @@ impl SandboxDir {
         }
     }
 
-    /// Writes down what this sandbox is; from then on it is listed. Its name must not be a living one's.
+    /// Writes down what this sandbox is; from then on it is listed. Its name must not be a living one's. What a dead one of
+    /// that name has left goes.
     pub fn publish(&mut self, record: &Record) -> Result<(), SandboxError> {
-        let parent = runtime_dir();
-        let io = |action: &'static str, path: &Path| {
-            let path = path.to_owned();
-            move |source| SandboxError::Io {
-                action,
-                path,
-                source,
-            }
-        };
-        // Held while names are looked at and taken.
-        let names = File::open(&parent).map_err(io("open", &parent))?;
-        flock(&names, FlockOperation::LockExclusive)
-            .map_err(|errno| io("lock", &parent)(errno.into()))?;
-        let others = list::all_in(&parent).unwrap_or_default();
-        for other in others.iter().filter(|other| other.record.name == self.name) {
+        let index = Index::lock(&runtime_dir())?;
+        if let Some(other) = find_named(index.dir(), &self.name) {
             if other.alive {
                 return Err(SandboxError::NameInUse {
                     name: self.name.clone(),
-                    id: other.record.id.clone(),
+                    id: other.record.id,
                 });
             }
-            remove(other)?;
+            remove_from(&index, &other)?;
         }
-        self.rewrite(record)
+        let write = |source| self.cannot_write(source);
+        record::write_aside(self.path(), RECORD, record).map_err(write)?;
+        index.enter(record)?;
+        record::put_in_place(self.path(), RECORD).map_err(write)?;
+        self.mark(record)
     }
 
     /// Writes it down again, under the same name.
     pub fn rewrite(&self, record: &Record) -> Result<(), SandboxError> {
-        record::write(self.path(), RECORD, record).map_err(|source| SandboxError::Io {
+        record::write(self.path(), RECORD, record).map_err(|source| self.cannot_write(source))?;
+        self.mark(record)
+    }
+
+    /// One whose record says that it is kept does not go with its process.
+    fn mark(&self, record: &Record) -> Result<(), SandboxError> {
+        let parent = self.path().parent().filter(|_| record.kept);
+        let kept = parent.map_or(Ok(()), |parent| index::keep(parent, &self.id));
+        kept.map_err(|source| self.cannot_write(source))
+    }
+
+    fn cannot_write(&self, source: io::Error) -> SandboxError {
+        SandboxError::Io {
             action: "write",
             path: self.path().to_owned(),
             source,
-        })
+        }
     }
 
     /// Eight hexadecimal digits.
@@ -232,8 +236,8 @@ impl SandboxDir {
         Ok(())
     }
 
-    fn create_in(parent: &Path, id: &str) -> Result<Self, SandboxError> {
-        let path = parent.join(id);
+    fn create_in(index: &Index, id: &str) -> Result<Self, SandboxError> {
+        let path = index.dir().join(id);
         let io = |action| {
             let path = path.clone();
             move |source| SandboxError::Io {
@@ -242,15 +246,15 @@ impl SandboxDir {
                 source,
             }
         };
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .map_err(io("make"))?;
-        let lock = File::create(path.join("lock")).map_err(io("make a lock in"))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|errno| io("lock")(errno.into()))?;
-        // It may have been removed between its making and its locking.
-        fs::metadata(path.join("lock")).map_err(io("keep"))?;
+        if path.exists() {
+            return Err(io("make")(io::ErrorKind::AlreadyExists.into()));
+        }
+        // Before there is anything to remove.
+        index.mark_unkept(id)?;
+        let lock = Self::make(&path, io).inspect_err(|_| {
+            // What stays is a dead sandbox's.
+            let _ = index.remove(id).map(remove_tree);
+        })?;
         Ok(Self {
             paths: SandboxPaths::new(path),
             id: id.to_owned(),
@@ -258,6 +262,20 @@ impl SandboxDir {
             kept: false,
             _lock: lock,
         })
+    }
+
+    fn make<F: FnOnce(io::Error) -> SandboxError>(
+        path: &Path,
+        io: impl Fn(&'static str) -> F,
+    ) -> Result<File, SandboxError> {
+        DirBuilder::new()
+            .mode(0o700)
+            .create(path)
+            .map_err(io("make"))?;
+        let lock = File::create(path.join("lock")).map_err(io("make a lock in"))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|errno| io("lock")(errno.into()))?;
+        Ok(lock)
     }
 
     /// The directory.
@@ -282,10 +300,13 @@ pub fn make_runtime_dir() -> Result<PathBuf, SandboxError> {
 
 /// Removes what a dead sandbox has left. One that lives is refused by its lock.
 pub fn remove(sandbox: &Sandbox) -> Result<(), SandboxError> {
-    let path = sandbox.paths.dir();
+    remove_from(&Index::lock(&runtime_dir())?, sandbox)
+}
+
+fn remove_from(index: &Index, sandbox: &Sandbox) -> Result<(), SandboxError> {
     let io = |source| SandboxError::Io {
         action: "remove",
-        path: path.to_owned(),
+        path: sandbox.paths.dir().to_owned(),
         source,
     };
     if let Ok(lock) = File::open(sandbox.paths.lock()) {
@@ -299,10 +320,31 @@ pub fn remove(sandbox: &Sandbox) -> Result<(), SandboxError> {
             std::thread::sleep(LOCK_PAUSE);
         }
     }
-    // At once out of everybody's sight: a removal that is cut short leaves nothing that looks like a sandbox.
-    let aside = path.with_file_name(format!("{REMOVED}{}", sandbox.record.id));
-    match fs::rename(path, &aside).and_then(|()| fs::remove_dir_all(&aside)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io(error)),
+    let removed = index.remove(&sandbox.record.id);
+    removed.and_then(remove_tree).map_err(io)
+}
+
+/// Removes the directory `path` of this process's own sandbox. Where others hold the lock on all for long, it is left for whoever starts next.
+pub fn discard(path: &Path) -> io::Result<()> {
+    let (Some(parent), Some(id)) = (path.parent(), path.file_name().and_then(|id| id.to_str()))
+    else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    for _ in 0..TRIES {
+        if let Some(index) = Index::try_lock(parent) {
+            let removed = index.remove(id)?;
+            drop(index);
+            return remove_tree(removed);
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    }
+    Err(io::ErrorKind::WouldBlock.into())
+}
+
+fn remove_tree(path: Option<PathBuf>) -> io::Result<()> {
+    match path.map_or(Ok(()), fs::remove_dir_all) {
+        // Whoever starts removes what it finds half removed.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
 }
@@ -329,15 +371,15 @@ impl Drop for SandboxDir {
         if self.kept {
             return;
         }
-        if let Err(error) = fs::remove_dir_all(self.path()) {
+        if let Err(error) = discard(self.path()) {
             log::warn!("cannot remove {}: {error}", self.path().display());
         }
     }
 }
 
 fn is_race(error: &io::Error) -> bool {
-    use io::ErrorKind::{AlreadyExists, NotFound, WouldBlock};
-    matches!(error.kind(), AlreadyExists | NotFound | WouldBlock)
+    use io::ErrorKind::{AlreadyExists, WouldBlock};
+    matches!(error.kind(), AlreadyExists | WouldBlock)
 }
 
 /// `$XDG_RUNTIME_DIR/bough`, or `/run/bough` where that is not set.
@@ -361,55 +403,142 @@ fn new_id() -> Result<String, SandboxError> {
     Ok(format!("{:08x}", u32::from_ne_bytes(bytes)))
 }
 
-/// Removes the directories of sandboxes that have died. Failures are left to the next starter.
-fn remove_dead(parent: &Path) {
-    let Ok(entries) = fs::read_dir(parent) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        if name.as_encoded_bytes().starts_with(REMOVED.as_bytes()) {
-            let _ = fs::remove_dir_all(entry.path());
-            continue;
-        }
-        let Ok(lock) = File::open(entry.path().join("lock")) else {
-            // Killed before it had a lock. A starter who is only that far finds its directory gone, and tries again.
-            let _ = fs::remove_dir(entry.path());
-            continue;
-        };
-        let record = record::read::<Record>(&entry.path(), RECORD);
-        let kept = record.is_ok_and(|record| record.is_some_and(|record| record.kept));
-        if !kept && flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            let _ = fs::remove_dir_all(entry.path());
+/// Removes what sandboxes have left that went without being kept. Failures are left to the next.
+pub fn remove_dead() {
+    let parent = runtime_dir();
+    if let Ok(index) = Index::lock(&parent) {
+        remove_dead_in(index);
+    }
+}
+
+fn remove_dead_in(index: Index) {
+    let left = index::leftovers(index.dir()).unwrap_or_default();
+    let mut trees = Vec::new();
+    for (path, entry) in left {
+        match entry {
+            Entry::Removed => trees.push(path),
+            Entry::Unkept(id) => trees.extend(remove_unkept(&index, &id)),
         }
     }
+    // Nobody waits for this.
+    drop(index);
+    for path in trees {
+        let _ = fs::remove_dir_all(path);
+    }
+}
+
+/// Takes the sandbox `id` out of sight if its process is gone.
+fn remove_unkept(index: &Index, id: &str) -> Option<PathBuf> {
+    let dir = index.dir().join(id);
+    let lock = File::open(dir.join("lock"));
+    if let Ok(lock) = &lock
+        && flock(lock, FlockOperation::NonBlockingLockExclusive).is_err()
+    {
+        return None;
+    }
+    // Killed after it was written down that it is to be kept, and before the mark was gone.
+    let record = record::read::<Record>(&dir, RECORD).ok().flatten();
+    if record.is_some_and(|record| record.kept) {
+        let _ = index::keep(index.dir(), id);
+        return None;
+    }
+    index.remove(id).ok().flatten()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn index(parent: &Path) -> Index {
+        Index::lock(parent).unwrap()
+    }
+
+    fn entries(parent: &Path) -> Vec<String> {
+        let names = fs::read_dir(parent).unwrap().flatten();
+        let names = names.map(|entry| entry.file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+
+    /// As after kill -9: the lock is gone, the directory is not.
+    fn kill(sandbox: SandboxDir) {
+        fs::remove_file(sandbox.paths().lock()).unwrap();
+        File::create(sandbox.paths().lock()).unwrap();
+        std::mem::forget(sandbox);
+    }
+
+    fn record(id: &str, kept: bool) -> Record {
+        let budget = r#"{"sandboxes": 4}"#;
+        let text = format!(
+            r#"{{"id": "{id}", "name": "called", "pid": 1, "created": 0, "kept": {kept}, "cpus": 1, "memory_mib": 1,
+                "kernel": "", "image": "", "budget": {budget}}}"#
+        );
+        serde_json::from_str(&text).unwrap()
+    }
+
     #[test]
     fn a_dead_sandbox_is_cleared_away_and_a_live_one_is_not() {
         let parent = tempfile::tempdir().unwrap();
-        let live = SandboxDir::create_in(parent.path(), "live").unwrap();
-        let dead = SandboxDir::create_in(parent.path(), "dead").unwrap();
-        let dead_path = dead.path().to_owned();
-        // As after kill -9: the lock is gone, the directory is not.
-        fs::remove_file(dead.paths().lock()).unwrap();
-        File::create(dead.paths().lock()).unwrap();
-        std::mem::forget(dead);
-        remove_dead(parent.path());
-        assert!(!dead_path.exists());
-        assert!(live.path().exists());
+        let live = SandboxDir::create_in(&index(parent.path()), "live").unwrap();
+        kill(SandboxDir::create_in(&index(parent.path()), "dead").unwrap());
+        remove_dead_in(index(parent.path()));
+        assert_eq!(entries(parent.path()), [".unkept-live", "live"]);
+        drop(live);
     }
 
     #[test]
     fn a_dropped_sandbox_leaves_nothing() {
         let parent = tempfile::tempdir().unwrap();
-        let sandbox = SandboxDir::create_in(parent.path(), "one").unwrap();
+        let sandbox = SandboxDir::create_in(&index(parent.path()), "one").unwrap();
         fs::write(sandbox.paths().vsock_socket(), "").unwrap();
         drop(sandbox);
-        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
+        assert!(entries(parent.path()).is_empty());
+    }
+
+    #[test]
+    fn wherever_it_is_killed_nothing_is_left() {
+        let parent = tempfile::tempdir().unwrap();
+        type Step = dyn Fn(&Index, &SandboxDir);
+        let step: [&Step; 4] = [
+            &|_, one| record::write_aside(one.path(), RECORD, &record("one", false)).unwrap(),
+            &|index, _| index.enter(&record("one", false)).unwrap(),
+            &|_, one| record::put_in_place(one.path(), RECORD).unwrap(),
+            // Cut short in its removal.
+            &|index, _| drop(index.remove("one").unwrap()),
+        ];
+        for steps in 0..=step.len() {
+            let index = index(parent.path());
+            let one = SandboxDir::create_in(&index, "one").unwrap();
+            step.iter().take(steps).for_each(|step| step(&index, &one));
+            if steps < step.len() {
+                kill(one);
+            } else {
+                std::mem::forget(one);
+            }
+            remove_dead_in(index);
+            assert!(entries(parent.path()).is_empty(), "after {steps} steps");
+        }
+    }
+
+    #[test]
+    fn one_that_is_kept_stays_and_its_name_leads_to_it() {
+        let parent = tempfile::tempdir().unwrap();
+        let one = SandboxDir::create_in(&index(parent.path()), "one").unwrap();
+        record::write(one.path(), RECORD, &record("one", true)).unwrap();
+        index(parent.path()).enter(&record("one", true)).unwrap();
+        kill(one);
+        remove_dead_in(index(parent.path()));
+        let left = [".name-called", ".tree-one-one", "one"];
+        assert_eq!(entries(parent.path()), left);
+        let found = find_named(parent.path(), "called").unwrap();
+        assert!(!found.alive);
+        assert_eq!(index::members(parent.path(), "one").unwrap(), ["one"]);
+        // A link that leads nowhere is nobody's.
+        fs::remove_dir_all(found.paths.dir()).unwrap();
+        assert!(find_named(parent.path(), "called").is_none());
+        index(parent.path()).enter(&record("two", true)).unwrap();
+        assert_eq!(index::holder(parent.path(), "called").unwrap(), "two");
+        assert_eq!(index::holder(parent.path(), "../one"), None);
     }
 }

@@ -88,13 +88,18 @@ pub struct BranchPoint {
 }
 
 impl Record {
+    /// The id of the first of its tree.
+    pub fn root(&self) -> &str {
+        self.branch.as_ref().map_or(&self.id, |own| &own.root)
+    }
+
     /// Where children of this sandbox branch off it now.
     pub fn branch_point(&self) -> BranchPoint {
         let own = self.branch.as_ref();
         BranchPoint {
             parent: self.id.clone(),
             parent_name: self.name.clone(),
-            root: own.map_or_else(|| self.id.clone(), |own| own.root.clone()),
+            root: self.root().to_owned(),
             depth: own.map_or(1, |own| own.depth.saturating_add(1)),
             at: now(),
         }
@@ -121,10 +126,23 @@ pub fn now() -> u64 {
 
 /// Writes `value` to the file `name` in `dir`, whole or not at all.
 pub fn write<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
-    let aside = dir.join(format!("{name}.new"));
-    let json = serde_json::to_vec_pretty(value)?;
-    fs::write(&aside, json)?;
-    fs::rename(&aside, dir.join(name))
+    write_aside(dir, name, value)?;
+    put_in_place(dir, name)
+}
+
+/// The first half of [`write`].
+pub fn write_aside<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
+    fs::write(dir.join(aside(name)), serde_json::to_vec_pretty(value)?)
+}
+
+/// The second half of [`write`].
+pub fn put_in_place(dir: &Path, name: &str) -> io::Result<()> {
+    fs::rename(dir.join(aside(name)), dir.join(name))
+}
+
+/// What the file `name` is called until it is whole.
+pub fn aside(name: &str) -> String {
+    format!("{name}.new")
 }
 
 /// Reads the file `name` in `dir`; `None` where there is none.
