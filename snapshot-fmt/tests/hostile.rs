@@ -95,9 +95,9 @@ fn a_flipped_bit_is_found_wherever_it_is() {
             .is_some_and(|extension| extension == "bough");
         let chosen = |at: &usize| {
             if packed {
-                at % 7 == 0
+                at.is_multiple_of(7)
             } else {
-                !pages.contains(at) || at % 257 == 0
+                !pages.contains(at) || at.is_multiple_of(257)
             }
         };
         for at in (0..bytes.len()).filter(chosen) {

@@ -173,7 +173,7 @@ impl LayerWriter {
 
     /// Checks that `bytes` are whole pages that may come next.
     pub(crate) fn place_bytes(&self, first_page: u64, bytes: &[u8]) -> Result<(), WriteError> {
-        if bytes.len() % PAGE_SIZE != 0 {
+        if !bytes.len().is_multiple_of(PAGE_SIZE) {
             return Err(self.misplaced(first_page, first_page));
         }
         self.place(first_page, (bytes.len() / PAGE_SIZE) as u64)

@@ -156,7 +156,7 @@ impl Target {
 
     /// Where `sector` is, if it and `len` bytes from it on are on the disk.
     fn offset(&self, sector: u64, len: u64) -> Result<u64, Failure> {
-        if len % SECTOR != 0 {
+        if !len.is_multiple_of(SECTOR) {
             return Err(Failure::Io(format!("{len} bytes are not whole sectors")));
         }
         sector
@@ -186,7 +186,7 @@ impl Target {
             MAX_ZEROES_RANGES
         };
         let most = u64::from(most) * RANGE_LEN as u64;
-        if len == 0 || len % RANGE_LEN as u64 != 0 || len > most {
+        if len == 0 || !len.is_multiple_of(RANGE_LEN as u64) || len > most {
             return Err(Failure::Io(format!("{len} bytes are not a list of ranges")));
         }
         let mut list = [0; MAX_RANGES as usize * RANGE_LEN];
