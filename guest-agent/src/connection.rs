@@ -29,10 +29,11 @@ use crate::identity::Identity;
 use crate::output::Output;
 use crate::program::Program;
 use crate::restored::{self, Prepared};
+use crate::runners::SourceFile;
+use crate::spawn;
 use crate::sys::Ended;
 use crate::warm::{Outcome, Warm};
 use crate::wire::Wire;
-use crate::{runners, spawn};
 
 /// The most programs that may run at once for one connection.
 const MAX_PROGRAMS: usize = 256;
@@ -70,6 +71,8 @@ pub struct Connection {
     programs: Vec<Program>,
     /// Control groups of programs that are over, to be removed when they are empty.
     remains: Vec<Cgroup>,
+    /// Sources of programs that are over. To remove them takes longer than to tell the end.
+    litter: Vec<SourceFile>,
     /// Requests that wait for an interpreter to stand ready.
     warming: Vec<(u32, Outcome)>,
     state: State,
@@ -104,6 +107,7 @@ impl Connection {
             output,
             programs: Vec::new(),
             remains: Vec::new(),
+            litter: Vec::new(),
             warming: Vec::new(),
             state: State::Greeting,
             is_link: false,
@@ -216,8 +220,9 @@ impl Connection {
         }
     }
 
-    /// The control groups of programs that are over since this was last asked.
+    /// The control groups of programs that are over since this was last asked. Their sources are removed.
     pub fn take_remains(&mut self) -> Vec<Cgroup> {
+        self.litter.clear();
         std::mem::take(&mut self.remains)
     }
 
@@ -395,7 +400,7 @@ impl Connection {
         &mut self,
         id: u32,
         exec: &Exec,
-        file: Option<runners::SourceFile>,
+        file: Option<SourceFile>,
         output_window: u32,
         context: &mut Context<'_>,
     ) -> Result<(), Failure> {
@@ -509,6 +514,7 @@ impl Connection {
     /// Reports the programs that are over.
     pub fn report(&mut self, scratch: &mut [u8]) {
         let (output, remains) = (&mut self.output, &mut self.remains);
+        let litter = &mut self.litter;
         self.programs.retain_mut(|program| {
             program.drain(scratch, output);
             let Some(kind) = program.over() else {
@@ -516,6 +522,7 @@ impl Connection {
             };
             output.push(program.request_id, kind);
             remains.extend(program.cgroup.take());
+            litter.extend(program.source_file.take());
             false
         });
     }

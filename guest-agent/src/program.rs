@@ -125,8 +125,8 @@ pub struct Program {
     timed_out: bool,
     /// Its control group, until that is taken to be removed.
     pub cgroup: Option<Cgroup>,
-    /// Held for its drop, which comes when the program is over.
-    _source_file: Option<SourceFile>,
+    /// Its source, which is removed when this is dropped.
+    pub source_file: Option<SourceFile>,
     /// Its way into a copy of an interpreter, until it runs.
     pub start: Option<Box<Start>>,
     /// The copy that runs it, as long as that has something to say.
@@ -161,7 +161,7 @@ impl Program {
             deadline: None,
             timed_out: false,
             cgroup,
-            _source_file: source_file,
+            source_file,
             start: None,
             copy: None,
             warm: false,

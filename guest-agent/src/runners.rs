@@ -5,10 +5,11 @@
 //! and no limit on arguments applies. A shell gets its source as an argument when
 //! it fits, which spares the file.
 
+use std::ffi::OsStr;
 use std::fs::{DirBuilder, File};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, chown};
+use std::os::unix::fs::{DirBuilderExt, fchown};
 use std::path::{Path, PathBuf};
 
 use guest_agent::proto::{EnvVar, ErrorCode, Exec, Language, RunCode};
@@ -35,13 +36,21 @@ impl Drop for SourceFile {
     }
 }
 
-impl SourceFile {
-    fn create(
-        number: u64,
-        name: &str,
-        source: &[u8],
-        owner: Option<(u32, u32)>,
-    ) -> std::io::Result<Self> {
+/// The name of a file of Python that its client gives none.
+const PYTHON_FILE: &str = "main.py";
+
+/// A source file that is empty yet. Its user cannot get at it: the directory is the agent's.
+pub struct Draft {
+    source: SourceFile,
+    content: File,
+    directory: File,
+    /// Who runs its program.
+    pub owner: Option<(u32, u32)>,
+}
+
+impl Draft {
+    /// One for a program that `owner` runs. `id` is no other directory's.
+    fn new(id: &str, name: &str, owner: Option<(u32, u32)>) -> std::io::Result<Self> {
         let base = if std::process::id() == 1 {
             match DirBuilder::new().mode(0o711).create(GUEST_DIRECTORY) {
                 Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error)?,
@@ -50,23 +59,50 @@ impl SourceFile {
         } else {
             std::env::temp_dir()
         };
-        let directory = base.join(format!("code-{}-{number}", std::process::id()));
+        let directory = base.join(format!("code-{}-{id}", std::process::id()));
         let mut builder = DirBuilder::new();
         builder.mode(0o700).create(&directory)?;
         let file = directory.join(name);
-        let this = Self { directory, file };
-        File::create_new(&this.file)?.write_all(source)?;
+        let source = SourceFile { directory, file };
+        let content = File::create_new(&source.file)?;
         if let Some((uid, gid)) = owner {
-            // The file first: from then on the directory is theirs to play with.
-            chown(&this.file, Some(uid), Some(gid))?;
-            chown(&this.directory, Some(uid), Some(gid))?;
+            fchown(&content, Some(uid), Some(gid))?;
         }
-        Ok(this)
+        let directory = File::open(&source.directory)?;
+        Ok(Self {
+            source,
+            content,
+            directory,
+            owner,
+        })
+    }
+
+    /// One that is ready before its program is known, which is Python. To make it takes an emulated kernel as long as a short program.
+    ///
+    /// # Errors
+    /// The directory or the file cannot be made.
+    pub fn ahead(number: u64, owner: Option<(u32, u32)>) -> std::io::Result<Self> {
+        Self::new(&format!("ahead-{number}"), PYTHON_FILE, owner)
+    }
+
+    /// Fills it and calls it `name`. From then on the directory is its user's to play with.
+    fn fill(mut self, name: &str, source: &[u8]) -> std::io::Result<SourceFile> {
+        self.content.write_all(source)?;
+        if self.source.file.file_name() != Some(OsStr::new(name)) {
+            let named = self.source.directory.join(name);
+            std::fs::rename(&self.source.file, &named)?;
+            self.source.file = named;
+        }
+        if let Some((uid, gid)) = self.owner {
+            fchown(&self.directory, Some(uid), Some(gid))?;
+        }
+        Ok(self.source)
     }
 }
 
 /// What to execute for a piece of source code, and the file to keep for as long as it runs.
-/// `number` makes the file's directory unique within this agent; `owner` is who runs it.
+/// `number` makes the file's directory unique within this agent; `owner` is who runs it; so does
+/// that of `draft`.
 ///
 /// # Errors
 /// A failure that names the field that is wrong, or the file that cannot be written.
@@ -74,10 +110,11 @@ pub fn prepare(
     code: RunCode,
     number: u64,
     owner: Option<(u32, u32)>,
+    draft: Option<Draft>,
 ) -> Result<(Exec, Option<SourceFile>), Failure> {
     let invalid = |message: String| Failure::new(ErrorCode::InvalidArgument, message);
     let (interpreter, default_name) = match code.language() {
-        Language::Python => (python(&code.env), "main.py"),
+        Language::Python => (python(&code.env), PYTHON_FILE),
         Language::Shell => ("/bin/sh", "main.sh"),
         Language::Unspecified => {
             return Err(invalid(format!("unknown language {}", code.language)));
@@ -99,7 +136,9 @@ pub fn prepare(
         argv.extend([b"-c".to_vec(), code.source, name.as_bytes().to_vec()]);
         None
     } else {
-        let file = SourceFile::create(number, name, &code.source, owner)
+        let draft = draft.map_or_else(|| Draft::new(&number.to_string(), name, owner), Ok);
+        let file = draft
+            .and_then(|draft| draft.fill(name, &code.source))
             .map_err(|error| Failure::internal("write the source file", error))?;
         argv.push(file.file.as_os_str().as_bytes().to_vec());
         Some(file)
@@ -108,7 +147,7 @@ pub fn prepare(
 
     let mut env = code.env;
     if code.language == i32::from(Language::Python) && !code.cwd.is_empty() {
-        import_from(&mut env, Path::new(std::ffi::OsStr::from_bytes(&code.cwd)));
+        import_from(&mut env, Path::new(OsStr::from_bytes(&code.cwd)));
     }
     let exec = Exec {
         argv,

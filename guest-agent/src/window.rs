@@ -40,7 +40,7 @@ impl Window {
 
     /// A word of the window.
     pub fn word(&self, offset: usize) -> &AtomicU32 {
-        assert!(offset % 4 == 0 && offset < BYTES);
+        assert!(offset.is_multiple_of(4) && offset < BYTES);
         // SAFETY: it lies in the mapping, which lives as long as `self`, is aligned, as the mapping is to pages, and whoever else has the memory,
         // the host, uses it as an atomic as well.
         unsafe { AtomicU32::from_ptr(self.start.add(offset).cast().as_ptr()) }

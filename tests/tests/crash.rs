@@ -345,7 +345,7 @@ impl Stage {
             wait_for(|| Ok(self.host.run(&["rm", &victim.name])?.status == Some(0)))?;
             wait_for(|| self.is_unlocked())?;
             *victim = self.victim(victim.kind)?;
-            if fault.nth % 2 == 0 {
+            if fault.nth.is_multiple_of(2) {
                 self.host.ok(&["snap", "gc"])?;
                 self.expect_no_draft()?;
             }

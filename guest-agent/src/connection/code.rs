@@ -21,7 +21,11 @@ impl Connection {
         let identity = Identity::resolve(&code.user, context.is_init)?;
         let owner = identity.as_ref().map(Identity::ids);
         let source = context.warm.might_run(&code).then(|| code.source.clone());
-        let (mut exec, file) = runners::prepare(code, *context.source_files, owner)?;
+        let draft = source
+            .is_some()
+            .then(|| context.warm.take_draft(identity.as_ref()));
+        let number = *context.source_files;
+        let (mut exec, file) = runners::prepare(code, number, owner, draft.flatten())?;
         if let Some(source) = source {
             self.check_room()?;
             let timeout_ms = exec.timeout_ms;

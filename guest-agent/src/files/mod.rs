@@ -103,10 +103,11 @@ impl Task {
         if mode.is_some_and(|mode| mode > 0o7777) {
             return invalid("mode is more than 07777");
         }
-        if let Self::Write(it) = self {
-            if it.append && it.create_new {
-                return invalid("append and create_new exclude each other");
-            }
+        if let Self::Write(it) = self
+            && it.append
+            && it.create_new
+        {
+            return invalid("append and create_new exclude each other");
         }
         Ok(())
     }

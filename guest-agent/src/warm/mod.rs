@@ -22,7 +22,7 @@ use self::standby::{Standby, packet_sockets, receive};
 use crate::cgroup::{Cgroup, Cgroups};
 use crate::failure::Failure;
 use crate::identity::Identity;
-use crate::runners;
+use crate::runners::{self, Draft};
 use crate::spawn::{self, Spawned, Theirs};
 use crate::sys::Ended;
 
@@ -57,6 +57,8 @@ pub struct Warm {
     interpreters: Vec<Interpreter>,
     /// Control groups that nothing needs any more.
     remains: Vec<Cgroup>,
+    /// How many files were made ahead.
+    drafts: u64,
 }
 
 /// What an interpreter, or its copy that waits, is known by to who polls.
@@ -223,6 +225,18 @@ impl Warm {
             && !code.source.contains(&0)
     }
 
+    /// A file for the source of a program of `identity`, if one was made ahead.
+    pub fn take_draft(&mut self, identity: Option<&Identity>) -> Option<Draft> {
+        let owner = identity.map(Identity::ids);
+        let standbys = self
+            .interpreters
+            .iter_mut()
+            .filter(|one| one.identity.as_ref() == identity);
+        let mut standbys = standbys.filter_map(|one| one.standby.as_mut());
+        let is_theirs = |draft: &mut Draft| draft.owner == owner;
+        standbys.find_map(|standby| standby.draft.take_if(is_theirs))
+    }
+
     /// Has code run in a copy, if there is an interpreter like the fresh one that `exec` would start. The last argument but
     /// for the code's own is the file of the code, which is `source`.
     ///
@@ -295,7 +309,11 @@ impl Warm {
                     let _ = kill_process(interpreter.process.pid, Signal::KILL);
                 }
             }
-            Part::Standby => self.remains.extend(interpreter.hear_standby(cgroups)),
+            Part::Standby => {
+                self.drafts += 1;
+                let remains = interpreter.hear_standby(self.drafts, cgroups);
+                self.remains.extend(remains);
+            }
         }
     }
 
@@ -387,7 +405,7 @@ impl Interpreter {
     }
 
     /// Gives a control group that nothing needs any more.
-    fn hear_standby(&mut self, cgroups: &mut Cgroups) -> Option<Cgroup> {
+    fn hear_standby(&mut self, number: u64, cgroups: &mut Cgroups) -> Option<Cgroup> {
         let mut standby = self.standby.take()?;
         let was_ready = standby.pid().is_some();
         if !standby.hear() {
@@ -404,6 +422,9 @@ impl Interpreter {
             // Where it cannot be had, or not take the copy, the program gets another, or a fresh interpreter.
             let cgroup = cgroups.create(None).ok().flatten();
             standby.cgroup = cgroup.filter(|cgroup| cgroup.adopt(pid).is_ok());
+            standby.cgroup.iter_mut().for_each(Cgroup::open_usage);
+            let owner = self.identity.as_ref().map(Identity::ids);
+            standby.draft = Draft::ahead(number, owner).ok();
             self.is_barren = false;
             settle(self.outcome.take(), Ok(()));
         }

@@ -22,6 +22,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::cgroup::Cgroup;
 use crate::failure::Failure;
 use crate::identity::Identity;
+use crate::runners::Draft;
 use crate::spawn::{self, Spawned, Theirs};
 use crate::sys::Ended;
 
@@ -126,6 +127,8 @@ pub struct Standby {
     theirs: Theirs,
     /// Made, and the copy in it, once it is ready.
     pub cgroup: Option<Cgroup>,
+    /// A file for the source of its program, likewise.
+    pub draft: Option<Draft>,
 }
 
 impl Standby {
@@ -149,6 +152,7 @@ impl Standby {
             spawned,
             theirs,
             cgroup: None,
+            draft: None,
         })
     }
 

@@ -44,11 +44,10 @@ fn boot() -> Result<Guest, Failed> {
         if let Some(socket) = sandboxes
             .next()
             .map(|entry| entry.path().join("vsock.sock"))
+            && Agent::connect(&socket, AGENT_PORT, None).is_ok()
         {
-            if Agent::connect(&socket, AGENT_PORT, None).is_ok() {
-                guest.socket = socket;
-                return Ok(guest);
-            }
+            guest.socket = socket;
+            return Ok(guest);
         }
         std::thread::sleep(Duration::from_millis(100));
     }
