@@ -32,6 +32,7 @@ use crate::sandbox::{SandboxDir, SandboxPaths, remove_dead};
 use crate::sizes::memory_mib;
 use crate::snapshot::description::describe;
 use crate::supervisor::{Ending, Supervisor, end_by_force};
+use crate::sys::heap;
 use crate::timings::Timings;
 
 /// How long a guest may take to end where its monitor is told to end by a signal.
@@ -284,6 +285,8 @@ pub fn monitor(
     }
     starter.listed();
     leave_terminal(&sandbox).map_err(unwanted)?;
+    // What making the machine took.
+    heap::trim();
 
     let ending = supervisor.wait_for_end();
     if let Ending::Signal(_) = ending {

@@ -18,6 +18,7 @@ use crate::sandbox::record::BranchPoint;
 use crate::sandbox::{SandboxDir, SandboxPaths};
 use crate::snapshot::restore::{Base, Saved};
 use crate::supervisor::{Signals, Supervisor};
+use crate::sys::heap;
 use crate::timings::Timings;
 
 /// The files that a VM boots from, each known to be there.
@@ -164,6 +165,7 @@ pub fn vsock(paths: &SandboxPaths) -> VsockConfig {
 /// Makes this process one that can run a VM. From here on a signal does not end it: it is what is returned that tells of it.
 pub fn become_monitor() -> Result<Arc<Signals>, CliError> {
     let failed = |error: std::io::Error| CliError::Monitor(error.to_string());
+    heap::share_among_threads();
     let signals = Arc::new(Signals::catch().map_err(failed)?);
     install_kick_handler().map_err(failed)?;
     host::raise_open_files_limit();

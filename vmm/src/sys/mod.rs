@@ -7,6 +7,7 @@ pub mod advise;
 pub mod bus_error;
 pub mod file_mapping;
 pub mod fork;
+pub mod heap;
 pub mod overlay;
 pub mod unread;
 pub mod userfaultfd;

@@ -1,0 +1,19 @@
+//! The C library's heap, of which a sandbox that waits for work is to hold no more than it needs.
+
+/// Has the threads share one heap: few of them, which allocate little. A heap of its own costs each thread that allocates its first pages. To be called before there are threads that do.
+pub fn share_among_threads() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it sets a number of the allocator, under the allocator's lock.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// Gives pages back that hold nothing any more.
+pub fn trim() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes the allocator's lock and gives back pages that no allocation is on.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
