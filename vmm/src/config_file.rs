@@ -53,6 +53,12 @@ pub struct VmFile {
     /// How long the VM may live: a number of seconds, or text such as `"5m"`.
     #[serde(deserialize_with = "values::timeout")]
     pub timeout: Option<Duration>,
+    /// What the sandbox and all that branch off it may have for themselves, in MiB: a number, or text such as `"2G"`.
+    #[serde(deserialize_with = "values::memory")]
+    pub tree_memory: Option<u64>,
+    /// How many they may be.
+    #[serde(deserialize_with = "values::sandboxes")]
+    pub tree_sandboxes: Option<u32>,
     /// What the agent gives to each program.
     #[serde(deserialize_with = "values::table")]
     pub agent: AgentEntry,

@@ -155,7 +155,10 @@ impl VmArgs {
         VmSpec {
             name: file.name,
             labels: file.labels,
-            budget: Budget::default(),
+            budget: Budget {
+                memory_mib: file.tree_memory,
+                sandboxes: file.tree_sandboxes,
+            },
             guest_branch: 0,
             cpus: self.cpus.or(file.cpus).unwrap_or(1),
             memory: self.memory.or(file.memory).unwrap_or(MEMORY_MIB),
@@ -201,6 +204,8 @@ mod tests {
         image_as = "pmem"
         cmdline = "debug"
         timeout = 60
+        tree_memory = "2G"
+        tree_sandboxes = 8
         labels.team = "ci"
         drives = [{ path = "a" }, { path = "b", read_only = true }]
         agent = { env = { A = "file", B = "file" }, cwd = "/work", warm = "python:re" }
@@ -236,6 +241,11 @@ mod tests {
         assert_eq!(spec.image_interface, DriveInterface::Pmem);
         assert_eq!(spec.cmdline, "debug");
         assert_eq!(spec.timeout, Some(Duration::from_secs(60)));
+        let budget = Budget {
+            memory_mib: Some(2048),
+            sandboxes: Some(8),
+        };
+        assert_eq!(spec.budget, budget);
         assert_eq!(spec.cwd.as_deref(), Some("/work"));
         assert_eq!(spec.warm, "python:re".parse().ok());
     }

@@ -149,6 +149,18 @@ fn mistakes_are_named_with_their_place() {
             "timeout = 0",
             "timeout: \"0\" will not do: give a duration above zero",
         ),
+        (
+            "tree_sandboxes = 1.5",
+            "conf/vm.toml:1: tree_sandboxes: invalid value: floating point `1.5`, expected a number of sandboxes",
+        ),
+        (
+            "tree_memory = 'all'",
+            "tree_memory: \"all\" will not do: unknown unit",
+        ),
+        (
+            "tree-memory = 1",
+            "unknown key tree-memory: did you mean tree_memory?",
+        ),
         ("timeout = -1.0", "timeout: invalid value"),
         (
             "kernel = 1",

@@ -103,6 +103,18 @@ pub(super) fn memory<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, 
     from.deserialize_any(visitor).map(Some)
 }
 
+/// How many sandboxes.
+pub(super) fn sandboxes<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+    let visitor = NumberOrText {
+        expected: "a number of sandboxes",
+        parse: |text| {
+            text.parse()
+                .map_err(|_| format!("give a number up to {}", u32::MAX))
+        },
+    };
+    from.deserialize_any(visitor).map(Some)
+}
+
 /// A time span.
 pub(super) fn timeout<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
     let visitor = NumberOrText {

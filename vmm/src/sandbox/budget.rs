@@ -50,6 +50,14 @@ pub enum OverBudget {
 }
 
 impl Budget {
+    /// What this does not name is as `other` has it.
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            memory_mib: self.memory_mib.or(other.memory_mib),
+            sandboxes: self.sandboxes.or(other.sandboxes),
+        }
+    }
+
     /// Whether nothing is bounded.
     pub fn is_unbounded(&self) -> bool {
         *self == Self::default()
@@ -130,6 +138,15 @@ mod tests {
             })
         ));
         assert!(budget.fits(1, 1, 1, u64::MAX).is_err());
+        let flags = Budget {
+            memory_mib: None,
+            sandboxes: Some(9),
+        };
+        let both = Budget {
+            memory_mib: Some(100),
+            sandboxes: Some(9),
+        };
+        assert_eq!(flags.or(budget), both);
         assert_eq!(Budget::default().fits(1000, u64::MAX, 1000, 9), Ok(()));
     }
 }
