@@ -55,6 +55,10 @@ pub struct DetachedArgs {
     /// Let programs of the guest make children of the sandbox (`bough branch`), at most N alive at a time; the children make none
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub guest_branch: u32,
+    /// Keep at most this of what its writable drives were for those that branch off it, and each of those for theirs; beyond it the children that would need more lose their drives, and the
+    /// sandbox writes on: MiB, or with M, G, T [default: as the file system of its directory has room]
+    #[arg(long, value_name = "SIZE", value_parser = memory_mib)]
+    pub drive_backup: Option<u64>,
     /// Print JSON: what `vmm inspect` prints
     #[arg(long)]
     pub json: bool,
@@ -69,6 +73,7 @@ impl DetachedArgs {
         Budget {
             memory_mib: self.tree_memory,
             sandboxes: self.tree_sandboxes,
+            drive_backup_mib: self.drive_backup,
         }
     }
 }

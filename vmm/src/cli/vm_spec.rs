@@ -158,6 +158,7 @@ impl VmArgs {
             budget: Budget {
                 memory_mib: file.tree_memory,
                 sandboxes: file.tree_sandboxes,
+                drive_backup_mib: file.drive_backup,
             },
             guest_branch: 0,
             cpus: self.cpus.or(file.cpus).unwrap_or(1),
@@ -206,6 +207,7 @@ mod tests {
         timeout = 60
         tree_memory = "2G"
         tree_sandboxes = 8
+        drive_backup = 100
         labels.team = "ci"
         drives = [{ path = "a" }, { path = "b", read_only = true }]
         agent = { env = { A = "file", B = "file" }, cwd = "/work", warm = "python:re" }
@@ -244,6 +246,7 @@ mod tests {
         let budget = Budget {
             memory_mib: Some(2048),
             sandboxes: Some(8),
+            drive_backup_mib: Some(100),
         };
         assert_eq!(spec.budget, budget);
         assert_eq!(spec.cwd.as_deref(), Some("/work"));

@@ -151,7 +151,9 @@ impl Control {
 
         let agent = self.agent();
         let (dir, name) = (self.paths.dir(), format!("branch-{since}"));
-        let freezing = freeze(&machine, agent.as_ref(), origin, dir, &name).map_err(refused)?;
+        let allowance = &self.drive_backup;
+        let freezing =
+            freeze(&machine, agent.as_ref(), origin, dir, &name, allowance).map_err(refused)?;
         // Their processes start while memory is written: before, they would have made the pause longer.
         let mut shells = pool::take(&runtime_dir(), &handover.machine, count).into_iter();
         let mut children = (1..=count)

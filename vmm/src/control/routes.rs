@@ -17,6 +17,7 @@ use super::snapshot::Snapshots;
 use super::types::{ErrorBody, ErrorCode, SandboxView, State, StopRequest, StopView};
 use crate::agent::{AGENT_PORT, Agent, ShutdownMode};
 use crate::console_log::ConsoleReader;
+use crate::devices::virtio::blk::allowance::Allowance;
 use crate::exit::{ExitLatch, ExitReason};
 use crate::machine::{Machine, RunState};
 use crate::metrics::{Facts, Metrics};
@@ -55,6 +56,8 @@ pub struct Control {
     /// Held by one who makes children out of a budget.
     pub(super) branching: Mutex<()>,
     pub(super) guest_branches: GuestBranches,
+    /// What is kept of drives for children.
+    pub(super) drive_backup: Arc<Allowance>,
     stopping: AtomicBool,
 }
 
@@ -137,6 +140,8 @@ impl Control {
         reception: Box<dyn Reception>,
         snapshots: Snapshots,
     ) -> Arc<Self> {
+        let drive_backup = record.budget.drive_backup_mib;
+        let drive_backup = drive_backup.map(|mib| mib.saturating_mul(1 << 20));
         let control = Arc::new_cyclic(|myself| Self {
             myself: myself.clone(),
             record,
@@ -151,6 +156,7 @@ impl Control {
             reaper: Reaper::default(),
             branching: Mutex::default(),
             guest_branches: GuestBranches::default(),
+            drive_backup: Arc::new(Allowance::new(drive_backup)),
             stopping: AtomicBool::new(false),
         });
         control.take_agent(agent);

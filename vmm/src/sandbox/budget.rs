@@ -18,6 +18,10 @@ pub struct Budget {
     /// How many there may be at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandboxes: Option<u32>,
+    /// What each of them may keep of its drives for those that branch off it, in MiB. Nobody is refused for it: who goes beyond costs
+    /// children their drives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drive_backup_mib: Option<u64>,
 }
 
 /// Why children are refused.
@@ -55,11 +59,17 @@ impl Budget {
         Self {
             memory_mib: self.memory_mib.or(other.memory_mib),
             sandboxes: self.sandboxes.or(other.sandboxes),
+            drive_backup_mib: self.drive_backup_mib.or(other.drive_backup_mib),
         }
     }
 
-    /// Whether nothing is bounded.
+    /// Whether nothing is bounded that is looked at when children are made.
     pub fn is_unbounded(&self) -> bool {
+        self.memory_mib.is_none() && self.sandboxes.is_none()
+    }
+
+    /// Whether nothing is bounded at all.
+    pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 
@@ -119,6 +129,7 @@ mod tests {
         let budget = Budget {
             memory_mib: Some(100),
             sandboxes: Some(4),
+            drive_backup_mib: Some(1),
         };
         assert_eq!(budget.fits(2, 68, 2, 16), Ok(()));
         assert!(matches!(
@@ -141,10 +152,12 @@ mod tests {
         let flags = Budget {
             memory_mib: None,
             sandboxes: Some(9),
+            drive_backup_mib: None,
         };
         let both = Budget {
             memory_mib: Some(100),
             sandboxes: Some(9),
+            drive_backup_mib: Some(1),
         };
         assert_eq!(flags.or(budget), both);
         assert_eq!(Budget::default().fits(1000, u64::MAX, 1000, 9), Ok(()));

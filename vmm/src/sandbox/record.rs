@@ -61,7 +61,7 @@ pub struct Record {
     #[serde(default)]
     pub branch: Option<BranchPoint>,
     /// What it and all that branch off it may have together.
-    #[serde(default, skip_serializing_if = "Budget::is_unbounded")]
+    #[serde(default, skip_serializing_if = "Budget::is_empty")]
     pub budget: Budget,
     /// How many children its guest may have made that are alive.
     #[serde(default, skip_serializing_if = "is_zero")]

@@ -21,6 +21,7 @@ use super::restore::{Base, Saved};
 use super::save::{self, Frozen, Times};
 use super::shared_disk::{DiskParts, DiskToShare, FrozenBacking, SharedDisk};
 use crate::agent::Agent;
+use crate::devices::virtio::blk::allowance::Allowance;
 use crate::machine::Machine;
 use crate::pager::Mode;
 use crate::timings::monotonic_ns;
@@ -61,16 +62,17 @@ pub struct Freezing {
 }
 
 /// Freezes `machine`, whose memory began with `origin`. It stands still for its state only. What its disks are is kept in the file system of `dir`, under no
-/// name; `name` is nobody else's there meanwhile.
+/// name, as long as it comes to no more than `allowance`; `name` is nobody else's there meanwhile.
 pub fn freeze(
     machine: &Machine,
     agent: Option<&Agent>,
     origin: Option<&Chain>,
     dir: &Path,
     name: &str,
+    allowance: &Arc<Allowance>,
 ) -> Result<Freezing, SnapshotError> {
     let memory = file_of(MEMORY)?;
-    let disks = DiskToShare::all(machine.disks(), dir, name)?;
+    let disks = DiskToShare::all(machine.disks(), dir, name, allowance)?;
     let lineage = Lineage::over_origin(origin);
     let frozen = save::freeze(machine, agent, &memory, Path::new(MEMORY), lineage, || {
         disks.into_iter().map(DiskToShare::freeze).collect()

@@ -15,6 +15,7 @@ use super::SnapshotError;
 use super::branch::memory_file;
 use crate::devices::live::Disks;
 use crate::devices::virtio::blk::SECTOR;
+use crate::devices::virtio::blk::allowance::Allowance;
 use crate::devices::virtio::blk::block_map::BlockMap;
 use crate::devices::virtio::blk::frozen::FrozenFile;
 use crate::devices::virtio::blk::share::Sharing;
@@ -86,11 +87,16 @@ pub struct DiskToShare {
 }
 
 impl DiskToShare {
-    /// Makes what is needed for each of `disks`, in the file system of `dir`; `name` is nobody else's there.
-    pub fn all(disks: &Disks, dir: &Path, name: &str) -> Result<Vec<Self>, SnapshotError> {
+    /// Makes what is needed for each of `disks`, in the file system of `dir`; `name` is nobody else's there. What is kept of them may come to `allowance`.
+    pub fn all(
+        disks: &Disks,
+        dir: &Path,
+        name: &str,
+        allowance: &Arc<Allowance>,
+    ) -> Result<Vec<Self>, SnapshotError> {
         let disks = disks.iter().map(|(&drive, disk)| {
             let scratch = scratch_file(dir, &format!("{name}-{drive}"), disk.blocks());
-            let sharing = scratch.and_then(|scratch| Sharing::new(disk, scratch));
+            let sharing = scratch.and_then(|scratch| Sharing::new(disk, scratch, allowance));
             let sharing = sharing.map_err(|source| SnapshotError::Io {
                 path: dir.to_owned(),
                 source,

@@ -15,6 +15,7 @@ use std::sync::{Arc, OnceLock};
 
 use snapshot_fmt::PAGE_SIZE;
 
+use super::allowance::Share;
 use super::block_map::BlockMap;
 use super::disk::Disk;
 use super::frozen;
@@ -26,15 +27,15 @@ pub(super) struct Backup {
     file: File,
     /// Those that are in it, or that nobody looks for in it.
     saved: BlockMap,
-    /// Whether other processes read it, and not this one ([`super::share`]).
-    shared: bool,
+    /// What it takes of a bound, if other processes read it, and not this one ([`super::share`]).
+    shared: Option<Share>,
     /// Why a block could not be saved, if that is so.
     failure: OnceLock<(io::ErrorKind, String)>,
 }
 
 impl Backup {
-    /// An empty one in `file`, for a disk of `blocks` blocks.
-    pub(super) fn new(file: File, blocks: u64, shared: bool) -> Self {
+    /// An empty one in `file`, for a disk of `blocks` blocks; `shared` if other processes read it.
+    pub(super) fn new(file: File, blocks: u64, shared: Option<Share>) -> Self {
         Self {
             file,
             saved: BlockMap::new(blocks),
@@ -45,7 +46,7 @@ impl Backup {
 
     /// Whether other processes read it.
     pub(super) fn is_shared(&self) -> bool {
-        self.shared
+        self.shared.is_some()
     }
 
     /// Whether nothing was changed since its moment.
@@ -62,13 +63,13 @@ impl Backup {
 
     /// Whether anybody may still read it.
     pub(super) fn is_used(&self) -> bool {
-        !self.shared || (self.failure.get().is_none() && frozen::is_used(&self.file))
+        !self.is_shared() || (self.failure.get().is_none() && frozen::is_used(&self.file))
     }
 
     /// Whether it is to be looked whether it is used, before `blocks` are changed: that has a price, or no more use.
     pub(super) fn is_in_doubt(&self, blocks: Range<u64>) -> bool {
         let lacks = || self.saved.find(blocks.clone(), false) < blocks.end;
-        self.shared && (self.failure.get().is_some() || lacks())
+        self.is_shared() && (self.failure.get().is_some() || lacks())
     }
 
     /// Saves those of `blocks` that are not saved yet, as `stack` has them.
@@ -88,7 +89,7 @@ impl Backup {
     }
 
     fn save_block(&self, stack: &Stack, block: u64) -> io::Result<()> {
-        if self.shared && !stack.is_on_top(block) {
+        if self.is_shared() && !stack.is_on_top(block) {
             // Others look for it where it stays as it is.
             return Ok(());
         }
@@ -96,9 +97,12 @@ impl Backup {
         stack.read_block(block, &mut bytes)?;
         // The file is zero already.
         if bytes != [0; PAGE_SIZE] {
+            self.shared
+                .as_ref()
+                .map_or(Ok(()), |share| share.take(BLOCK))?;
             self.file.write_all_at(&bytes, block * BLOCK)?;
         }
-        if self.shared {
+        if self.is_shared() {
             fence(Ordering::SeqCst);
             frozen::mark(&self.file, self.saved.blocks(), block)?;
         }
@@ -106,9 +110,10 @@ impl Backup {
     }
 
     fn fail(&self, error: &io::Error) {
-        if self.shared {
+        if let Some(share) = &self.shared {
             // First: that makes room, for the log as well.
             let told = frozen::give_up(&self.file);
+            share.give_back();
             log::warn!(
                 "what a drive was cannot be kept for the sandboxes that branched off ({error}): they cannot read it any more"
             );
@@ -133,7 +138,7 @@ impl Preparation {
     pub fn new(disk: &Arc<Disk>, scratch: File) -> Self {
         Self {
             disk: Arc::clone(disk),
-            backup: Arc::new(Backup::new(scratch, disk.blocks(), false)),
+            backup: Arc::new(Backup::new(scratch, disk.blocks(), None)),
             changed: BlockMap::new(disk.blocks()),
         }
     }

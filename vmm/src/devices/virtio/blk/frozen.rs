@@ -82,7 +82,7 @@ impl FrozenFile {
             .read_exact_at(bytes, at)
             .map_err(|error| match error.kind() {
                 ErrorKind::UnexpectedEof => io::Error::other(
-                    "the sandbox that this one branched off could not keep what its disk was: its host had no room",
+                    "the sandbox that this one branched off could not keep what its disk was: there was no room for that, or it may keep no more (--drive-backup)",
                 ),
                 _ => error,
             })

@@ -7,6 +7,7 @@
 //! A [`Disk`] is content, whatever it is kept in: a file, or what a snapshot or another sandbox had with an overlay on it ([`stack`]). It can be read as it was at a
 //! moment while the guest writes on, in the same process ([`backup`]) and in others ([`share`], [`frozen`]).
 
+pub mod allowance;
 pub mod backup;
 pub mod block_map;
 mod device;

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use super::allowance::Allowance;
 use super::backup::Backup;
 use super::disk::{Disk, Reading};
 use super::frozen::{self, FrozenFile};
@@ -24,8 +25,8 @@ pub struct Sharing {
 }
 
 impl Sharing {
-    /// `scratch`, of [`super::stack::scratch_file`], takes the old content of blocks.
-    pub fn new(disk: &Arc<Disk>, scratch: File) -> io::Result<Self> {
+    /// `scratch`, of [`super::stack::scratch_file`], takes the old content of blocks, as much as `allowance` has.
+    pub fn new(disk: &Arc<Disk>, scratch: File, allowance: &Arc<Allowance>) -> io::Result<Self> {
         frozen::prepare(&scratch, disk.blocks())?;
         let reading = |backup: Arc<Backup>| -> io::Result<Reading> {
             let (file, saved) = (disk.reader()?, backup.reader()?);
@@ -33,9 +34,10 @@ impl Sharing {
             Ok((backup, frozen))
         };
         let again = disk.unchanged_since();
+        let new = Backup::new(scratch, disk.blocks(), Some(allowance.share()));
         Ok(Self {
             disk: Arc::clone(disk),
-            new: reading(Arc::new(Backup::new(scratch, disk.blocks(), true)))?,
+            new: reading(Arc::new(new))?,
             // It may have come out of use.
             again: again.and_then(|backup| reading(backup).ok()),
         })

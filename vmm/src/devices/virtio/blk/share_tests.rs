@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use snapshot_fmt::PAGE_SIZE;
 
+use super::allowance::Allowance;
 use super::disk_tests::{
     IOERR, LEN, OK, begin, changed, content, data, driver, read, restored, scratch, write, zero,
 };
@@ -18,7 +19,11 @@ use super::{Block, Disk};
 use crate::devices::virtio::testing::{FakeDriver, r, w};
 
 fn share(disk: &Arc<Disk>) -> Backing {
-    let sharing = Sharing::new(disk, scratch(disk.blocks()));
+    share_of(disk, &Arc::default())
+}
+
+fn share_of(disk: &Arc<Disk>, allowance: &Arc<Allowance>) -> Backing {
+    let sharing = Sharing::new(disk, scratch(disk.blocks()), allowance);
     sharing.unwrap().begin()
 }
 
@@ -245,7 +250,7 @@ fn what_cannot_be_saved_costs_the_children_and_not_the_write() {
     let mut own = driver(&parent);
     let scratch = memfd_create("scratch", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING);
     let scratch = File::from(scratch.unwrap());
-    let sharing = Sharing::new(&parent, scratch.try_clone().unwrap()).unwrap();
+    let sharing = Sharing::new(&parent, scratch.try_clone().unwrap(), &Arc::default()).unwrap();
     let kid = child(sharing.begin());
     let mut kid_driver = driver(&kid);
     assert_eq!(write(&mut kid_driver, 8, &[5; 4096]), OK);
@@ -264,4 +269,48 @@ fn what_cannot_be_saved_costs_the_children_and_not_the_write() {
     // Its own it still has.
     assert_eq!(request(&mut kid_driver, 0, 8, &[w(DATA, 512)]), OK);
     assert_eq!(kid_driver.read(DATA, 512), [5; 512]);
+}
+
+#[test]
+fn what_may_not_be_kept_costs_the_children_of_that_moment_alone() {
+    const PAGE: u64 = PAGE_SIZE as u64;
+    for parent in parents() {
+        let mut own = driver(&parent);
+        // What is saved of a restored disk is what its overlay has.
+        assert_eq!(write(&mut own, 0, &[9; LEN]), OK);
+        let allowance = Arc::new(Allowance::new(Some(3 * PAGE)));
+        let fill = |own: &mut FakeDriver<Block>, block: u64, byte| {
+            assert_eq!(write(own, block * 8, &[byte; PAGE_SIZE]), OK);
+        };
+        let first = child(share_of(&parent, &allowance));
+        fill(&mut own, 0, 1);
+        fill(&mut own, 1, 1);
+        // Once is enough.
+        fill(&mut own, 1, 2);
+        let second = child(share_of(&parent, &allowance));
+        let now = all(&mut own);
+        // The first child has no use for this, and the second takes the last.
+        fill(&mut own, 0, 3);
+        assert_eq!(all(&mut driver(&first)), [9; LEN]);
+        assert_eq!(all(&mut driver(&second)), now);
+        // The first child's moment is the first that needs more.
+        fill(&mut own, 2, 4);
+        assert_eq!(request(&mut driver(&first), 0, 0, &[w(DATA, 512)]), IOERR);
+        // What it had is the other's now.
+        assert_eq!(all(&mut driver(&second)), now);
+        fill(&mut own, 3, 5);
+        assert_eq!(all(&mut driver(&second)), now);
+        fill(&mut own, 4, 6);
+        assert_eq!(request(&mut driver(&second), 0, 0, &[w(DATA, 512)]), IOERR);
+        // And those that are gone have nothing.
+        drop((first, second));
+        let third = child(share_of(&parent, &allowance));
+        let now = all(&mut own);
+        (0..3).for_each(|block| fill(&mut own, block, 7));
+        assert_eq!(all(&mut driver(&third)), now);
+        drop(third);
+        let fourth = child(share_of(&parent, &allowance));
+        (0..3).for_each(|block| fill(&mut own, block, 8));
+        assert_eq!(all(&mut driver(&fourth))[..PAGE_SIZE], [7; PAGE_SIZE]);
+    }
 }
