@@ -18,6 +18,9 @@ use crate::timings::millis;
 /// children takes of the host.
 const REST: Duration = Duration::from_millis(100);
 
+/// The most refusals that the log tells: a guest may ask for ever.
+const LOGGED_MAX: u32 = 32;
+
 /// What the guest has asked for so far.
 #[derive(Default)]
 pub(super) struct GuestBranches(Mutex<State>);
@@ -28,6 +31,8 @@ struct State {
     children: Vec<String>,
     /// When the next may be made.
     rested: Option<Instant>,
+    /// How many refusals the log has told.
+    logged: u32,
 }
 
 impl Control {
@@ -54,19 +59,25 @@ impl Control {
             std::thread::sleep(rested.saturating_duration_since(Instant::now()));
         }
         let start = Instant::now();
-        let result = self.make(&mut state.children, wanted, client);
+        let result = self.make(&mut state, wanted, client);
         state.rested = Some(Instant::now() + start.elapsed().max(REST));
         result
     }
 
     fn make(
         &self,
-        children: &mut Vec<String>,
+        state: &mut State,
         wanted: &BranchWanted,
         client: &UnixStream,
     ) -> Result<Vec<String>, String> {
-        let refused = |error: &dyn std::fmt::Display| {
-            log::warn!("the guest wants {} children: {error}", wanted.count);
+        let State {
+            children, logged, ..
+        } = state;
+        let mut refused = |error: &dyn std::fmt::Display| {
+            if *logged < LOGGED_MAX {
+                *logged += 1;
+                log::warn!("the guest wants {} children: {error}", wanted.count);
+            }
             "the host cannot make them now".to_owned()
         };
         if !children.is_empty() {
