@@ -82,7 +82,8 @@ impl Draft {
     /// # Errors
     /// The directory or the file cannot be made.
     pub fn ahead(number: u64, owner: Option<(u32, u32)>) -> std::io::Result<Self> {
-        Self::new(&format!("ahead-{number}"), PYTHON_FILE, owner)
+        // No other number begins with a zero.
+        Self::new(&format!("0{number}"), PYTHON_FILE, owner)
     }
 
     /// Fills it and calls it `name`. From then on the directory is its user's to play with.
