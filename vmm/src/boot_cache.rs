@@ -132,6 +132,7 @@ impl BootCache {
             programs: Programs::default(),
             warm: warm.map(Into::into),
             name: Some(self.key.clone()),
+            owner: None,
             lineage: Lineage::default(),
             parent_disks: None,
             parent: None,

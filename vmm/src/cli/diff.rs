@@ -31,7 +31,7 @@ const READ_MAX: u64 = 64 << 20;
 ///
 /// With one name: the files that the sandbox has added to its image (A), changed (C) and deleted (D). With two: the pages and blocks that differ, by region,
 /// and what B has other files than A: added, changed, deleted, or only touched (T). Files are those of the root and of /tmp, and are told of sandboxes that run.
-/// For pages and blocks each is saved, aside from its other snapshots, and what was saved is removed again; if the command is killed, a snapshot without a name is left. They run on meanwhile.
+/// For pages and blocks each is saved, aside from its other snapshots, and what was saved is removed again. They run on meanwhile.
 #[derive(Debug, Args)]
 pub struct DiffArgs {
     /// A sandbox or a snapshot: a name, or the beginning of an id

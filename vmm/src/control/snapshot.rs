@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
+use rustix::net::sockopt::socket_peercred;
 use snapshot_fmt::chain::Chain;
 use snapshot_fmt::manifest::{Machine as Description, Programs};
 
@@ -17,7 +18,7 @@ use crate::snapshot::chains::Chains;
 use crate::snapshot::memory_layer::Lineage;
 use crate::snapshot::restore::{Base, Saved};
 use crate::snapshot::save::{Order, Taken, take};
-use crate::store::{Store, StoreError};
+use crate::store::{Owner, Store, StoreError};
 use crate::timings::micros;
 
 /// What a sandbox's next snapshot is a difference to: the one that it goes back to, or the last that was taken.
@@ -115,6 +116,10 @@ impl Snapshots {
             agent,
             programs: programs(record),
             warm: record.warm.as_ref().map(Into::into),
+            // One that has a name is to stay.
+            owner: Some(client)
+                .filter(|_| request.aside && request.name.is_none())
+                .and_then(owner),
             name: request.name,
             lineage: Lineage {
                 origin: past.origin(),
@@ -162,6 +167,12 @@ impl Snapshots {
             total_us: micros(times.total),
         })
     }
+}
+
+/// The process at the other end of a connection, if it is one of this host's.
+fn owner(client: &UnixStream) -> Option<Owner> {
+    let peer = socket_peercred(client).ok()?;
+    Owner::of(u32::try_from(peer.pid.as_raw_nonzero().get()).ok()?)
 }
 
 /// How programs are run in the sandbox of `record`.

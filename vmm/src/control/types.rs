@@ -88,7 +88,8 @@ pub struct SnapshotRequest {
     pub name: Option<String>,
     /// All of it, where the difference to an earlier one would do.
     pub full: bool,
-    /// The next one is a difference to what this one is a difference to, as if this one had not been taken.
+    /// The next one is a difference to what this one is a difference to, as if this one had not been taken. Without a name it is removed once the process that asks
+    /// for it has ended.
     pub aside: bool,
 }
 

@@ -21,7 +21,7 @@ use crate::agent::{Agent, Quiet};
 use crate::devices::virtio::blk::backup::Moment;
 use crate::machine::Machine;
 use crate::sandbox::record::now;
-use crate::store::{Held, Store};
+use crate::store::{Held, Owner, Store};
 use crate::timings::monotonic_ns;
 
 /// A snapshot to be taken.
@@ -38,6 +38,8 @@ pub struct Order<'a> {
     pub warm: Option<Warm>,
     /// What to call the snapshot.
     pub name: Option<String>,
+    /// The process that it is there for alone, if it is.
+    pub owner: Option<Owner>,
     /// What memory goes back to.
     pub lineage: Lineage<'a>,
     /// The disks of `lineage`'s parent; none where it has none.
@@ -76,6 +78,9 @@ pub struct Times {
 /// Takes a snapshot, and puts it into `store`.
 pub fn take(order: Order<'_>, store: &Store) -> Result<Taken, SnapshotError> {
     let draft = store.begin()?;
+    if let Some(owner) = order.owner {
+        draft.belong_to(owner)?;
+    }
     let written = write(&order, draft.path())?;
     let manifest = Manifest {
         format: FORMAT,

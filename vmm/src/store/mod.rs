@@ -6,6 +6,7 @@
 //!   <id>/             a snapshot
 //!     lock            held shared by who uses it, alone by who removes it
 //!     manifest.json, state.bin, memory.layer, ...
+//!     owner           the process that it is there for, where it is for one alone
 //!   tmp-<pid>-<r>/    a draft; its lock is held by who writes it
 //!   .removed-<name>   one that is being removed
 //! ```
@@ -13,6 +14,7 @@
 //! A directory under its id is complete and on the disk: it got that name last. Locks die with their processes, so what a
 //! killed one leaves is told by a lock that nobody holds. A snapshot that is in use keeps those that it rests on: they have a child.
 
+mod aside;
 pub mod derive;
 mod draft;
 mod error;
@@ -36,6 +38,7 @@ use snapshot_fmt::working_set;
 
 use crate::sandbox::list::alike;
 use crate::user_dirs::data_dir;
+pub use aside::Owner;
 pub use draft::Draft;
 pub use error::StoreError;
 use error::io_error;

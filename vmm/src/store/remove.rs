@@ -114,11 +114,12 @@ impl Store {
                 removed.push(Removed::Remains(path));
             }
         }
+        removed.extend(self.clear_orphans(dry_run)?);
         Ok(removed)
     }
 
     /// Takes a snapshot out of everybody's sight: a removal that is cut short leaves no half of it.
-    fn put_aside(&self, id: &Digest) -> Result<PathBuf, StoreError> {
+    pub(super) fn put_aside(&self, id: &Digest) -> Result<PathBuf, StoreError> {
         let aside = self.dir().join(format!("{REMOVED}{id}"));
         fs::rename(self.path(id), &aside).map_err(io_error("rename", &self.path(id)))?;
         Ok(aside)
@@ -133,7 +134,7 @@ fn is_abandoned(draft: &Path) -> bool {
     }
 }
 
-fn delete(paths: &[PathBuf]) -> Result<(), StoreError> {
+pub(super) fn delete(paths: &[PathBuf]) -> Result<(), StoreError> {
     for path in paths {
         match fs::remove_dir_all(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -146,13 +147,13 @@ fn delete(paths: &[PathBuf]) -> Result<(), StoreError> {
 }
 
 /// Who rests on whom.
-struct Tree {
+pub(super) struct Tree {
     /// Absent where a manifest cannot be read.
     snapshots: HashMap<Digest, Option<Manifest>>,
 }
 
 impl Tree {
-    fn new(store: &Store) -> Result<Self, StoreError> {
+    pub(super) fn new(store: &Store) -> Result<Self, StoreError> {
         let all = store.all()?.into_iter();
         let manifest = |entry: super::Entry| entry.snapshot.ok().map(|s| s.manifest().clone());
         Ok(Self {
@@ -165,7 +166,7 @@ impl Tree {
     }
 
     /// In the order of their ids.
-    fn children(&self, id: &Digest) -> Vec<Digest> {
+    pub(super) fn children(&self, id: &Digest) -> Vec<Digest> {
         let children = self
             .manifests()
             .filter(|manifest| manifest.parent == Some(*id));
@@ -197,7 +198,7 @@ impl Tree {
         Some(oldest.id)
     }
 
-    fn removed(&self, id: &Digest) -> Removed {
+    pub(super) fn removed(&self, id: &Digest) -> Removed {
         match self.snapshots.get(id) {
             Some(Some(manifest)) => Removed::Snapshot(Box::new(manifest.clone())),
             _ => Removed::Broken(*id),

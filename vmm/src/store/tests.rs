@@ -211,6 +211,44 @@ fn what_dead_processes_leave_is_cleared_away() {
 }
 
 #[test]
+fn what_was_there_for_a_process_goes_after_it() {
+    let (_dir, store) = store();
+    let mut process = std::process::Command::new("sleep")
+        .arg("60")
+        .spawn()
+        .unwrap();
+    let of_process = |parent: Option<&Snapshot>, fill| {
+        let (draft, manifest) = draft(&store, parent, &[1], fill);
+        draft.belong_to(Owner::of(process.id()).unwrap()).unwrap();
+        draft.publish(manifest).unwrap()
+    };
+    let free = of_process(None, 1).snapshot().id();
+    let used = of_process(None, 2);
+    let parent = of_process(None, 3).snapshot().clone();
+    let child = add(&store, "", 1, Some(&parent), &[2], 4).snapshot().id();
+    drop(store.begin().unwrap());
+    assert_eq!(ids(&store).len(), 4);
+    process.kill().unwrap();
+    // It is dead before somebody waits for it, too; that it has died takes a moment.
+    process.wait().unwrap();
+    let gone = store.collect(&GcLimits::default(), true).unwrap();
+    assert!(matches!(&gone[..], [Removed::Snapshot(manifest)] if manifest.id == free));
+    drop(store.begin().unwrap());
+    let mut left = [used.snapshot().id(), parent.id(), child];
+    left.sort_unstable();
+    let mut there = ids(&store);
+    there.sort_unstable();
+    assert_eq!(there, left);
+    // Another process of that number is not it.
+    let path = store.path(&parent.id()).join("owner");
+    fs::write(&path, format!("{} 1\n", std::process::id())).unwrap();
+    drop(used);
+    store.remove(&child, false).unwrap();
+    store.collect(&GcLimits::default(), false).unwrap();
+    assert_eq!(ids(&store), []);
+}
+
+#[test]
 fn a_snapshot_needs_its_parent_to_be_published_and_keeps_it() {
     let (_dir, store) = store();
     let root = add(&store, "root", 1, None, &[1, 2], 1).snapshot().clone();
