@@ -105,7 +105,7 @@ fn begin(disk: &Arc<Disk>) -> Moment {
 
 /// A disk that rests on what `disk` is now.
 fn child(disk: &Arc<Disk>) -> Arc<Disk> {
-    let sharing = Sharing::new(disk, memory_file()).expect("a shared disk");
+    let sharing = Sharing::new(disk, memory_file(), &Arc::default()).expect("a shared disk");
     let (dir, name) = (std::env::temp_dir(), std::process::id().to_string());
     let child = Disk::over(sharing.begin(), SECTORS, &dir, &name);
     Arc::new(child.expect("a child's disk"))
