@@ -52,6 +52,18 @@ impl<D: VirtioDevice + Subscriber> Guest<D> {
         }
     }
 
+    /// Goes on with another device, as it was saved with this one's registers. False where those cannot be, which the driver may have made so.
+    pub fn go_on(&mut self, device: D) -> bool {
+        let state = self.driver.transport.save();
+        match FakeDriver::try_restored(device, &self.driver, &state) {
+            Ok(driver) => {
+                self.driver = driver;
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
     /// Does what the step says.
     pub fn step(&mut self, step: &Step) {
         match *step {

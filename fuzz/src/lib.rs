@@ -10,6 +10,7 @@ pub mod frames;
 pub mod guest;
 pub mod handshake;
 pub mod kernel;
+pub mod lane;
 pub mod pmem;
 pub mod rng;
 pub mod serial;

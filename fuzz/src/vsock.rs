@@ -5,6 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
 use arbitrary::Arbitrary;
+use snapshot_fmt::state::virtio::{VsockConnectionState, VsockPorts, VsockState};
 use vmm::devices::virtio::testing::{HIGH, r, w};
 use vmm::devices::virtio::vsock::{Vsock, VsockConfig};
 
@@ -172,17 +173,25 @@ pub enum VsockStep {
 
 /// The sandbox's socket; there is one, as each input is over before the next begins.
 pub fn socket_path() -> PathBuf {
-    std::env::temp_dir().join(format!("bough-fuzz-{}.sock", std::process::id()))
+    socket_called("sock")
+}
+
+fn socket_called(extension: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("bough-fuzz-{}.{extension}", std::process::id()))
+}
+
+fn device(socket_path: PathBuf) -> Vsock {
+    let config = VsockConfig {
+        cid: CID,
+        socket_path,
+        kept_port: SERVER,
+    };
+    Vsock::new(config).expect("a device")
 }
 
 /// A guest whose driver is ready.
 pub fn new_guest() -> Guest<Vsock> {
-    let config = VsockConfig {
-        cid: CID,
-        socket_path: socket_path(),
-        kept_port: SERVER,
-    };
-    let mut guest = Guest::new(Vsock::new(config).expect("a device"));
+    let mut guest = Guest::new(device(socket_path()));
     guest.restart(true);
     guest
 }
@@ -191,12 +200,14 @@ pub fn new_guest() -> Guest<Vsock> {
 struct Host {
     server: UnixListener,
     path: PathBuf,
+    /// The device's socket.
+    socket: PathBuf,
     streams: Vec<UnixStream>,
 }
 
 impl Host {
-    fn new() -> Self {
-        let mut path = socket_path().into_os_string();
+    fn new(socket: PathBuf) -> Self {
+        let mut path = socket.clone().into_os_string();
         path.push(format!("_{SERVER}"));
         // An input that failed, or a process that was killed, leaves its own.
         let _ = std::fs::remove_file(&path);
@@ -205,6 +216,7 @@ impl Host {
         Self {
             server,
             path: path.into(),
+            socket,
             streams: Vec::new(),
         }
     }
@@ -213,7 +225,7 @@ impl Host {
         if self.streams.len() == MAX_STREAMS {
             return;
         }
-        let mut client = UnixStream::connect(socket_path()).expect("a connection");
+        let mut client = UnixStream::connect(&self.socket).expect("a connection");
         client.set_nonblocking(true).expect("a socket");
         client.write_all(bytes).expect("room for a line");
         self.streams.push(client);
@@ -233,12 +245,115 @@ impl Drop for Host {
 
 /// Runs the device between both.
 pub fn run(steps: &Input) {
-    let mut host = Host::new();
+    let mut host = Host::new(socket_path());
     let mut guest = new_guest();
+    take_all(&mut guest, &mut host, steps);
+    end(guest, host);
+}
+
+/// A guest that is saved after some steps, and takes others once it goes on.
+#[derive(Arbitrary, Clone, Debug)]
+pub struct SavedInput {
+    before: Input,
+    /// What it goes on from, if not from what was saved.
+    saved: Option<Saved>,
+    after: Input,
+}
+
+/// A state that a file may have.
+#[derive(Arbitrary, Clone, Debug)]
+pub struct Saved {
+    has_cid: bool,
+    next_host_port: u32,
+    /// The connection's port in the guest, and its counts.
+    kept: Option<(Port, Port, [u32; 6])>,
+    ended: Vec<(Port, Port)>,
+    reset: bool,
+}
+
+impl Saved {
+    fn state(&self) -> VsockState {
+        let ports = |&(host, guest): &(Port, Port)| VsockPorts {
+            host: host.number(),
+            guest: guest.number(),
+        };
+        let kept = self.kept.as_ref().map(|(host, guest, counts)| {
+            let [
+                buf_alloc,
+                forwarded,
+                forwarded_told,
+                sent,
+                peer_fwd_cnt,
+                peer_buf_alloc,
+            ] = *counts;
+            VsockConnectionState {
+                ports: ports(&(*host, *guest)),
+                buf_alloc,
+                forwarded,
+                forwarded_told,
+                sent,
+                peer_fwd_cnt,
+                peer_buf_alloc,
+            }
+        });
+        VsockState {
+            cid: if self.has_cid { CID } else { CID + 1 },
+            next_host_port: self.next_host_port,
+            kept,
+            // More than a device can have.
+            ended: self
+                .ended
+                .iter()
+                .cycle()
+                .take(self.ended.len() * 300)
+                .map(ports)
+                .collect(),
+            reset: self.reset,
+        }
+    }
+}
+
+/// Saves the device between its steps, and goes on with another: in that the guest's connections are gone, but for one at most.
+pub fn run_saved(input: &SavedInput) {
+    let mut host = Host::new(socket_path());
+    let mut guest = new_guest();
+    take_all(&mut guest, &mut host, &input.before);
+    let own = guest.driver.device.lock().expect("a device").save();
+    drop(host);
+    let socket = socket_called("restored");
+    let mut host = Host::new(socket.clone());
+    let mut device = device(socket);
+    let state = input.saved.as_ref().map_or(own, Saved::state);
+    let is_kept = state.kept.is_some() && state.cid == CID;
+    match device.load(&state) {
+        Ok(stream) => {
+            assert_eq!(stream.is_some(), is_kept);
+            if let Some(stream) = stream {
+                stream.set_nonblocking(true).expect("a socket");
+                host.streams.push(stream);
+            }
+        }
+        Err(error) => {
+            assert!(input.saved.is_some(), "what was saved is refused: {error}");
+            return;
+        }
+    }
+    if guest.go_on(device) {
+        guest.driver.run();
+        take_all(&mut guest, &mut host, &input.after);
+        end(guest, host);
+    }
+}
+
+fn take_all(guest: &mut Guest<Vsock>, host: &mut Host, steps: &[VsockStep]) {
     for step in steps.iter().take(MAX_STEPS) {
-        take(&mut guest, &mut host, step);
+        take(guest, host, step);
         guest.driver.run();
     }
+}
+
+/// Whatever was before: nothing but buffers was written to, and the device is usable.
+fn end(mut guest: Guest<Vsock>, mut host: Host) {
     guest.check_memory();
     // A device that was reset has forgotten everybody, and serves those who come.
     guest.restart(true);

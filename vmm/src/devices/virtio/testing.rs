@@ -6,6 +6,7 @@
 //! Guest memory is 1 MiB at 0 and 1 MiB at 8 MiB. Queue `n` has its rings at `0x1000 * (n + 1)`; the
 //! rest is for a test's buffers, from [`BUFFERS`] on.
 
+use std::convert::Infallible;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -14,7 +15,7 @@ use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use snapshot_fmt::state::virtio::VirtioMmioState;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::mmio::MmioTransport;
+use super::mmio::{MmioTransport, TransportError};
 use super::signal::status;
 use super::{F_EVENT_IDX, F_VERSION_1, GuestMemory, VirtioDevice};
 use crate::devices::bus::BusDevice;
@@ -116,33 +117,43 @@ impl<D: VirtioDevice + Subscriber> FakeDriver<D> {
 
     /// A device in the reset state, in memory of another size.
     pub fn in_memory(device: D, memory: Arc<GuestMemory>) -> Self {
-        Self::with(device, memory, |memory, irq, device| {
-            MmioTransport::new(memory, irq, device)
-        })
+        let made = Self::with(device, memory, |memory, irq, device| {
+            Ok::<_, Infallible>(MmioTransport::new(memory, irq, device))
+        });
+        made.unwrap_or_else(|never| match never {})
     }
 
     /// A device as it was saved, with the rings that `old` had.
     pub fn restored<O>(device: D, old: &FakeDriver<O>, state: &VirtioMmioState) -> Self {
+        Self::try_restored(device, old, state).unwrap()
+    }
+
+    /// As [`Self::restored`], where the driver may have made a state that cannot be.
+    pub fn try_restored<O>(
+        device: D,
+        old: &FakeDriver<O>,
+        state: &VirtioMmioState,
+    ) -> Result<Self, TransportError> {
         let mut this = Self::with(device, old.memory.clone(), |memory, irq, device| {
-            MmioTransport::restore(memory, irq, device, state).unwrap()
-        });
+            MmioTransport::restore(memory, irq, device, state)
+        })?;
         for (ring, old) in this.rings.iter_mut().zip(&old.rings) {
             ring.next_desc = old.next_desc;
             ring.avail_idx = old.avail_idx;
             ring.used_idx = old.used_idx;
         }
-        this
+        Ok(this)
     }
 
-    fn with(
+    fn with<E>(
         device: D,
         memory: Arc<GuestMemory>,
         transport: impl FnOnce(
             Arc<GuestMemory>,
             Arc<dyn Interrupt>,
             Arc<Mutex<dyn VirtioDevice>>,
-        ) -> MmioTransport,
-    ) -> Self {
+        ) -> Result<MmioTransport, E>,
+    ) -> Result<Self, E> {
         let rings = device.queue_sizes().iter().map(|&size| Ring {
             size,
             next_desc: 0,
@@ -155,14 +166,14 @@ impl<D: VirtioDevice + Subscriber> FakeDriver<D> {
         let mut events = EventManager::new().unwrap();
         let subscriber: Arc<Mutex<dyn MutEventSubscriber + Send>> = device.clone();
         events.add_subscriber(subscriber);
-        Self {
-            transport: transport(memory.clone(), irq.clone(), device.clone()),
+        Ok(Self {
+            transport: transport(memory.clone(), irq.clone(), device.clone())?,
             device,
             memory,
             irq,
             events,
             rings,
-        }
+        })
     }
 
     /// A device whose driver is ready, with all queues and features.
