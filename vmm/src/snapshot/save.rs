@@ -77,9 +77,9 @@ pub struct Times {
 
 /// Takes a snapshot, and puts it into `store`.
 pub fn take(order: Order<'_>, store: &Store) -> Result<Taken, SnapshotError> {
-    let draft = store.begin()?;
+    let mut draft = store.begin()?;
     if let Some(owner) = order.owner {
-        draft.belong_to(owner)?;
+        draft.belong_to(owner);
     }
     let written = write(&order, draft.path())?;
     let manifest = Manifest {

@@ -1,10 +1,12 @@
 //! Snapshots that are there for one process alone, which removes them when it is done with them; where it was killed before, the next who looks after the store does.
 //!
-//! Such a snapshot has a file that names the process: by its id, which another may get later, and by when it began.
+//! Beside such a snapshot lies a symbolic link that leads nowhere and names the process: by its id, which another may get later, and by when it began.
+//! So who looks for them reads the directory, and not all snapshots.
 
 use std::fmt;
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
 
 use rustix::fs::FlockOperation;
 use snapshot_fmt::digest::Digest;
@@ -13,8 +15,8 @@ use super::error::io_error;
 use super::remove::{Removed, Tree};
 use super::{Draft, Store, StoreError};
 
-/// The file's name.
-const OWNER: &str = "owner";
+/// What the link's name starts with; the snapshot's id follows.
+const OWNED: &str = ".owner-";
 
 /// A process of this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,23 +57,52 @@ impl fmt::Display for Owner {
 
 impl Draft {
     /// Has the snapshot that this becomes be there for `owner` alone.
-    pub fn belong_to(&self, owner: Owner) -> Result<(), StoreError> {
-        let path = self.path().join(OWNER);
-        fs::write(&path, format!("{owner}\n")).map_err(io_error("write", &path))
+    pub fn belong_to(&mut self, owner: Owner) {
+        self.owner = Some(owner);
     }
 }
 
-/// Whether the snapshot in `dir` was there for a process that has ended.
-fn is_orphan(dir: &Path) -> bool {
-    fs::read_to_string(dir.join(OWNER)).is_ok_and(|owner| Owner::living(&owner).is_none())
-}
-
 impl Store {
-    /// Removes snapshots that were there for processes that have ended, unless they are in use or others rest on them. The store is locked.
-    pub(super) fn clear_orphans(&self, dry_run: bool) -> Result<Vec<Removed>, StoreError> {
-        let names = self.names()?.into_iter();
-        let ids = names.filter_map(|name| name.parse::<Digest>().ok());
-        let orphans: Vec<_> = ids.filter(|id| is_orphan(&self.path(id))).collect();
+    fn mark(&self, id: &Digest) -> PathBuf {
+        self.dir().join(format!("{OWNED}{id}"))
+    }
+
+    /// Writes down whom the snapshot `id` is there for, before it is there. The store is locked.
+    pub(super) fn mark_owner(&self, id: &Digest, owner: Owner) -> Result<(), StoreError> {
+        let path = self.mark(id);
+        // One may be left of a snapshot that had this id and has gone.
+        let _ = fs::remove_file(&path);
+        symlink(owner.to_string(), &path).map_err(io_error("make", &path))
+    }
+
+    /// Forgets whom the snapshot `id` was there for, which goes; mostly nobody. What stays is the next collector's.
+    pub(super) fn unmark_owner(&self, id: &Digest) {
+        let _ = fs::remove_file(self.mark(id));
+    }
+
+    /// Of the names in the directory, removes snapshots that were there for processes that have ended, unless they are in use or others rest on them. The
+    /// store is locked.
+    pub(super) fn clear_orphans(
+        &self,
+        names: &[String],
+        dry_run: bool,
+    ) -> Result<Vec<Removed>, StoreError> {
+        let ids = names
+            .iter()
+            .filter_map(|name| name.strip_prefix(OWNED)?.parse::<Digest>().ok());
+        let mut orphans = Vec::new();
+        for id in ids {
+            if !self.path(&id).exists() {
+                if !dry_run {
+                    self.unmark_owner(&id);
+                }
+                continue;
+            }
+            let owner = fs::read_link(self.mark(&id)).ok();
+            if owner.is_some_and(|owner| Owner::living(&owner.to_string_lossy()).is_none()) {
+                orphans.push(id);
+            }
+        }
         if orphans.is_empty() {
             return Ok(Vec::new());
         }

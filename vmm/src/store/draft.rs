@@ -11,7 +11,7 @@ use snapshot_fmt::manifest::{MANIFEST, Manifest, WORKING_SET, is_name};
 use snapshot_fmt::snapshot::Snapshot;
 
 use super::error::io_error;
-use super::{DRAFT, Held, LOCK, Store, StoreError, sync};
+use super::{DRAFT, Held, LOCK, Owner, Store, StoreError, sync};
 
 /// A directory for the files of a snapshot. Dropped, it is removed with all that is in it; left by a process that was killed, it is
 /// removed by whoever begins the next.
@@ -21,6 +21,8 @@ pub struct Draft {
     path: PathBuf,
     /// Absent once the draft has become a snapshot.
     lock: Option<File>,
+    /// The process that the snapshot will be there for, if it is for one alone.
+    pub(super) owner: Option<Owner>,
 }
 
 impl Store {
@@ -46,6 +48,7 @@ impl Store {
                 store: self.clone(),
                 path,
                 lock: Some(lock),
+                owner: None,
             }),
             Err(error) => {
                 // The first failure is the one to tell.
@@ -111,6 +114,9 @@ impl Draft {
                 child: manifest.id,
                 parent,
             });
+        }
+        if let Some(owner) = self.owner {
+            self.store.mark_owner(&manifest.id, owner)?;
         }
         let Some(lock) = self.lock.take() else {
             unreachable!("a draft has its lock until it is published");

@@ -6,8 +6,8 @@
 //!   <id>/             a snapshot
 //!     lock            held shared by who uses it, alone by who removes it
 //!     manifest.json, state.bin, memory.layer, ...
-//!     owner           the process that it is there for, where it is for one alone
 //!   tmp-<pid>-<r>/    a draft; its lock is held by who writes it
+//!   .owner-<id>       the process that a snapshot is there for, where it is for one alone: a link that leads nowhere
 //!   .removed-<name>   one that is being removed
 //! ```
 //!

@@ -104,8 +104,9 @@ impl Store {
     /// Removes what dead processes have left. `_all` keeps those that are about to lock a draft away.
     pub(super) fn clear(&self, _all: &File, dry_run: bool) -> Result<Vec<Removed>, StoreError> {
         let mut removed = Vec::new();
-        for name in self.names()? {
-            let path = self.dir().join(&name);
+        let names = self.names()?;
+        for name in &names {
+            let path = self.dir().join(name);
             if !(name.starts_with(REMOVED) || name.starts_with(DRAFT) && is_abandoned(&path)) {
                 continue;
             }
@@ -114,7 +115,7 @@ impl Store {
                 removed.push(Removed::Remains(path));
             }
         }
-        removed.extend(self.clear_orphans(dry_run)?);
+        removed.extend(self.clear_orphans(&names, dry_run)?);
         Ok(removed)
     }
 
@@ -122,6 +123,7 @@ impl Store {
     pub(super) fn put_aside(&self, id: &Digest) -> Result<PathBuf, StoreError> {
         let aside = self.dir().join(format!("{REMOVED}{id}"));
         fs::rename(self.path(id), &aside).map_err(io_error("rename", &self.path(id)))?;
+        self.unmark_owner(id);
         Ok(aside)
     }
 }

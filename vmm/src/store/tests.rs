@@ -1,6 +1,7 @@
 //! The store, with snapshots of a small memory.
 
 use std::fs::{self, File};
+use std::os::unix::fs::symlink;
 use std::sync::atomic::Ordering::Relaxed;
 
 use snapshot_fmt::PAGE_SIZE;
@@ -218,8 +219,8 @@ fn what_was_there_for_a_process_goes_after_it() {
         .spawn()
         .unwrap();
     let of_process = |parent: Option<&Snapshot>, fill| {
-        let (draft, manifest) = draft(&store, parent, &[1], fill);
-        draft.belong_to(Owner::of(process.id()).unwrap()).unwrap();
+        let (mut draft, manifest) = draft(&store, parent, &[1], fill);
+        draft.belong_to(Owner::of(process.id()).unwrap());
         draft.publish(manifest).unwrap()
     };
     let free = of_process(None, 1).snapshot().id();
@@ -240,12 +241,17 @@ fn what_was_there_for_a_process_goes_after_it() {
     there.sort_unstable();
     assert_eq!(there, left);
     // Another process of that number is not it.
-    let path = store.path(&parent.id()).join("owner");
-    fs::write(&path, format!("{} 1\n", std::process::id())).unwrap();
+    let path = store.dir().join(format!(".owner-{}", parent.id()));
+    fs::remove_file(&path).unwrap();
+    symlink(format!("{} 1", std::process::id()), &path).unwrap();
+    // One whose snapshot has gone says nothing.
+    let stale = store.dir().join(format!(".owner-{}", Digest([7; 32])));
+    symlink("1 1", &stale).unwrap();
     drop(used);
     store.remove(&child, false).unwrap();
     store.collect(&GcLimits::default(), false).unwrap();
     assert_eq!(ids(&store), []);
+    assert_eq!(store.names().unwrap(), [LOCK]);
 }
 
 #[test]
@@ -265,11 +271,7 @@ fn a_snapshot_needs_its_parent_to_be_published_and_keeps_it() {
         late.publish(manifest),
         Err(StoreError::NoParent { .. })
     ));
-    let names: Vec<_> = fs::read_dir(store.dir())
-        .unwrap()
-        .map(|e| e.unwrap().file_name())
-        .collect();
-    assert_eq!(names, [LOCK]);
+    assert_eq!(store.names().unwrap(), [LOCK]);
 }
 
 #[test]
