@@ -285,6 +285,7 @@ pub fn monitor(
         end_by_force(0, Some(sandbox.path()));
         return Ok(0);
     }
+    control.be_born();
     if !starter.is_wanted() {
         sandbox.rewrite(&record).map_err(bad)?;
     }

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 use super::http::{Answer, HttpError, read_answer, write_request};
-use super::types::{ErrorBody, ErrorView};
+use super::types::{ErrorBody, ErrorCode, ErrorView};
 
 /// Longest answer, in bytes.
 const ANSWER_MAX: usize = 1 << 20;
@@ -35,6 +35,16 @@ pub enum ClientError {
     /// The answer is not what it should be.
     #[error("the sandbox's answer cannot be read: {0}")]
     Answer(#[from] serde_json::Error),
+}
+
+impl From<ClientError> for ErrorBody {
+    /// As who asked another sandbox tells it on.
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::Refused(body) => body,
+            error => Self::new(ErrorCode::Agent, error.to_string()),
+        }
+    }
 }
 
 /// Sends a request, and reads the head of the answer.
@@ -89,14 +99,46 @@ pub fn ask_for_lines<T: DeserializeOwned, E: From<ClientError>>(
     path: &str,
     body: &impl Serialize,
     patience: Duration,
-    mut each: impl FnMut(T) -> Result<(), E>,
+    each: impl FnMut(T) -> Result<(), E>,
 ) -> Result<(), E> {
-    let io = |error| ClientError::Http(HttpError::Io(error));
-    let (mut stream, answer) = begin(socket, "POST", path, body, patience)?;
-    stream.set_read_timeout(None).map_err(io)?;
-    for line in BufReader::new(answer.chunks(&mut stream)).lines() {
-        let value = serde_json::from_str(&line.map_err(io)?).map_err(ClientError::Answer)?;
-        each(value)?;
+    Lines::ask(socket, path, body, patience)?.read(each)
+}
+
+/// An answer that comes in lines, of which none was read yet.
+pub struct Lines {
+    stream: UnixStream,
+    answer: Answer,
+}
+
+impl Lines {
+    /// Asks the sandbox at `socket`, and waits for the answer to begin at most `patience`.
+    pub fn ask(
+        socket: &Path,
+        path: &str,
+        body: &impl Serialize,
+        patience: Duration,
+    ) -> Result<Self, ClientError> {
+        let (stream, answer) = begin(socket, "POST", path, body, patience)?;
+        let io = |error| ClientError::Http(HttpError::Io(error));
+        stream.set_read_timeout(None).map_err(io)?;
+        Ok(Self { stream, answer })
     }
-    Ok(())
+
+    /// What it comes on: shut, it ends.
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Has `each` see what comes.
+    pub fn read<T: DeserializeOwned, E: From<ClientError>>(
+        mut self,
+        mut each: impl FnMut(T) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let io = |error| ClientError::Http(HttpError::Io(error));
+        for line in BufReader::new(self.answer.chunks(&mut self.stream)).lines() {
+            let value = serde_json::from_str(&line.map_err(io)?).map_err(ClientError::Answer)?;
+            each(value)?;
+        }
+        Ok(())
+    }
 }

@@ -26,7 +26,7 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
 const GONE_PAUSE: Duration = Duration::from_millis(100);
 
 /// Starts what `body` asks for in the sandbox of `record`, whose agent this is.
-pub(super) fn start(
+fn start(
     agent: &Agent,
     body: &ExecBody,
     record: &Record,
@@ -72,7 +72,7 @@ pub(super) fn check(body: &ExecBody) -> Result<(), ErrorBody> {
 }
 
 /// What the program reads.
-pub(super) fn stdin(body: &ExecBody) -> Stdin<'_> {
+fn stdin(body: &ExecBody) -> Stdin<'_> {
     match &*body.stdin {
         "" => Stdin::Null,
         text => Stdin::Bytes(text.as_bytes()),
@@ -80,7 +80,7 @@ pub(super) fn stdin(body: &ExecBody) -> Stdin<'_> {
 }
 
 /// How it ended, as it is told.
-pub(super) fn ended_view(ended: &Ended) -> EndedView {
+fn ended_view(ended: &Ended) -> EndedView {
     EndedView {
         status: ended.status.shell_status(),
         timed_out: ended.timed_out,
@@ -153,20 +153,18 @@ impl Write for Sink<'_> {
     }
 }
 
-pub(super) fn agent_error(error: &AgentError) -> ErrorBody {
+fn agent_error(error: &AgentError) -> ErrorBody {
     ErrorBody::new(ErrorCode::Agent, error.to_string())
 }
 
-/// Carries it out. An error is what was refused before anything was sent.
-pub fn exec(
-    paths: &SandboxPaths,
+/// Carries out what was [checked](check). An error is what was refused before anything was sent.
+pub(super) fn exec(
+    agent: &Agent,
     record: &Record,
     body: &ExecBody,
     stream: &UnixStream,
 ) -> Result<(), ErrorBody> {
-    check(body)?;
-    let agent = connect(paths)?;
-    let running = start(&agent, body, record).map_err(|error| agent_error(&error))?;
+    let running = start(agent, body, record).map_err(|error| agent_error(&error))?;
     let _watch = Watch::start(stream, running.controller());
     // A slow reader stalls its program, for as long as it likes.
     let started = stream

@@ -3,7 +3,8 @@
 //! The children are released when it is known which of them live on; until then each ends with its parent. So nothing is left of an exploration that is cut
 //! short, whoever is killed.
 
-use std::io::{self, Write};
+use std::io;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -14,14 +15,14 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
-use super::exec::{agent_error, check, connect, ended_view, start, stdin};
+use super::client::Lines;
+use super::exec::check;
 use super::http::Chunks;
 use super::routes::{Control, client_is_gone};
 use super::types::{
-    BranchRequest, BranchView, ChildView, EndedView, ErrorBody, ErrorCode, ExecBody, ExploreBody,
-    ExploreEvent, ExploreResult, Keep,
+    BranchRequest, BranchView, ChildView, EndedView, ErrorBody, ErrorCode, ExecBody, ExecEvent,
+    ExploreBody, ExploreEvent, ExploreResult, Keep,
 };
-use crate::agent::{Controller, Stdio};
 use crate::handover::Unborn;
 use crate::host;
 use crate::sandbox::{SandboxPaths, runtime_dir};
@@ -33,6 +34,8 @@ const OUTPUT_MAX: usize = 256 << 10;
 const END_MAX: usize = 1024;
 /// How often to look whether the client is still there.
 const GONE_PAUSE: Duration = Duration::from_millis(100);
+/// How long a child may take until the program runs.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Stack of a thread that waits for a program, in bytes.
 const STACK_SIZE: usize = 128 << 10;
 
@@ -44,8 +47,8 @@ struct Beginning {
     truncated: bool,
 }
 
-impl Write for Beginning {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+impl Beginning {
+    fn add(&mut self, bytes: &[u8]) {
         let room = OUTPUT_MAX - self.bytes.len();
         self.bytes
             .extend_from_slice(&bytes[..bytes.len().min(room)]);
@@ -53,17 +56,11 @@ impl Write for Beginning {
         self.end.extend_from_slice(bytes);
         let old = self.end.len().saturating_sub(END_MAX);
         self.end.drain(..old);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
 /// What those who run the programs have in common.
 struct Trial<'a> {
-    control: &'a Control,
     runs: &'a [ExecBody],
     children: &'a [ChildView],
     /// The next that nobody has begun.
@@ -71,7 +68,7 @@ struct Trial<'a> {
     /// It is over: nothing more is begun.
     over: AtomicBool,
     /// What runs, to be cut short.
-    running: Mutex<Vec<Option<Controller>>>,
+    running: Mutex<Vec<Option<UnixStream>>>,
 }
 
 impl Trial<'_> {
@@ -120,33 +117,43 @@ impl Trial<'_> {
         stderr: &mut Beginning,
     ) -> Result<EndedView, ErrorBody> {
         let given_up = || ErrorBody::new(ErrorCode::Conflict, "given up: another has won");
-        let paths = SandboxPaths::new(runtime_dir().join(&child.id));
-        let agent = connect(&paths)?;
-        let running =
-            start(&agent, run, &self.control.record).map_err(|error| agent_error(&error))?;
+        let socket = SandboxPaths::new(runtime_dir().join(&child.id)).api_socket();
+        let lines = Lines::ask(&socket, "/v1/exec", run, PATIENCE)?;
+        let handle = lines.stream().try_clone().map_err(|error| {
+            let message = format!("cannot follow the program: {error}");
+            ErrorBody::new(ErrorCode::Internal, message)
+        })?;
         {
             let mut all = self.running.lock().unwrap_or_else(PoisonError::into_inner);
             if self.over.load(Ordering::SeqCst) {
                 return Err(given_up());
             }
             if let Some(place) = all.get_mut(index) {
-                *place = Some(running.controller());
+                *place = Some(handle);
             }
         }
-        let ended = running.communicate(Stdio {
-            stdin: stdin(run),
-            stdout,
-            stderr,
+        let mut ended = None;
+        let read = lines.read(|event| {
+            match event {
+                ExecEvent::Stdout(text) => stdout.add(&bytes(&text)?),
+                ExecEvent::Stderr(text) => stderr.add(&bytes(&text)?),
+                ExecEvent::Ended(view) => ended = Some(Ok(view)),
+                ExecEvent::Error(error) => ended = Some(Err(error)),
+            }
+            Ok::<_, ErrorBody>(())
         });
         let mut all = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        let cancelled = self.over.load(Ordering::SeqCst)
-            && all
-                .get_mut(index)
-                .is_some_and(|place| place.take().is_none());
-        match ended {
-            _ if cancelled => Err(given_up()),
-            Ok(ended) => Ok(ended_view(&ended)),
-            Err(error) => Err(agent_error(&error)),
+        let was_cut_short = all
+            .get_mut(index)
+            .is_some_and(|place| place.take().is_none());
+        match (was_cut_short, ended, read) {
+            (true, ..) => Err(given_up()),
+            (_, Some(ended), _) => ended,
+            (_, None, Err(error)) => Err(error),
+            (_, None, Ok(())) => {
+                let message = "the child ended before its program did";
+                Err(ErrorBody::new(ErrorCode::Agent, message))
+            }
         }
     }
 
@@ -156,11 +163,19 @@ impl Trial<'_> {
         self.over.store(true, Ordering::SeqCst);
         self.next.store(self.runs.len(), Ordering::SeqCst);
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        for controller in running.iter_mut().filter_map(Option::take) {
-            // A connection that is gone has ended the program as well.
-            let _ = controller.cancel();
+        for stream in running.iter_mut().filter_map(Option::take) {
+            // One that is gone has ended the program as well.
+            let _ = stream.shutdown(Shutdown::Both);
         }
     }
+}
+
+/// Output, as a child's monitor tells it.
+fn bytes(text: &str) -> Result<Vec<u8>, ErrorBody> {
+    BASE64_STANDARD.decode(text).map_err(|error| {
+        let message = format!("the child's monitor told no output: {error}");
+        ErrorBody::new(ErrorCode::Internal, message)
+    })
 }
 
 /// The number that the last line is, of the end of an output.
@@ -239,7 +254,6 @@ impl Control {
         chunks: &mut Chunks<&UnixStream>,
     ) -> io::Result<()> {
         let trial = Trial {
-            control: self,
             runs: &body.runs,
             children: &view.children.clone(),
             next: AtomicUsize::new(0),
@@ -407,12 +421,12 @@ mod tests {
     #[test]
     fn long_output_is_cut() {
         let mut output = Beginning::default();
-        output.write_all(&vec![1; OUTPUT_MAX - 1]).unwrap();
+        output.add(&vec![1; OUTPUT_MAX - 1]);
         assert!(!output.truncated);
-        output.write_all(&[2, 3]).unwrap();
+        output.add(&[2, 3]);
         assert_eq!((output.bytes.len(), output.truncated), (OUTPUT_MAX, true));
         assert_eq!(output.bytes.last(), Some(&2));
-        output.write_all(b"\n5\n").unwrap();
+        output.add(b"\n5\n");
         assert_eq!((output.end.len(), score(&output.end)), (END_MAX, Some(5.0)));
     }
 }

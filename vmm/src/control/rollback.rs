@@ -95,7 +95,7 @@ impl Control {
                 };
             }
             view = Some(rewound);
-            Ok(())
+            Ok::<_, ErrorBody>(())
         })?;
         let rewound = view.ok_or_else(|| internal("it was not taken back"))?;
         let view = RollbackView {

@@ -59,6 +59,8 @@ pub struct Control {
     /// What is kept of drives for children.
     pub(super) drive_backup: Arc<Allowance>,
     stopping: AtomicBool,
+    /// Only its parent knows of the sandbox, and may have something tried in it.
+    unborn: AtomicBool,
 }
 
 /// What a request is answered with.
@@ -130,7 +132,8 @@ fn body<T: DeserializeOwned + Default>(request: &Request) -> Result<T, ErrorBody
 }
 
 impl Control {
-    /// For the sandbox of `record`. `agent` is a connection that serves for its end, and for what the guest asks.
+    /// For the sandbox of `record`. `agent` is a connection that serves for its end, and for what the guest asks; until the sandbox is [born](Self::be_born), for
+    /// programs too.
     pub fn new(
         record: Record,
         paths: SandboxPaths,
@@ -158,6 +161,7 @@ impl Control {
             guest_branches: GuestBranches::default(),
             drive_backup: Arc::new(Allowance::new(drive_backup)),
             stopping: AtomicBool::new(false),
+            unborn: AtomicBool::new(true),
         });
         control.take_agent(agent);
         control
@@ -181,6 +185,20 @@ impl Control {
 
     pub(super) fn lock_agent(&self) -> MutexGuard<'_, Option<Agent>> {
         self.agent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Others may know of the sandbox from now on.
+    pub fn be_born(&self) {
+        self.unborn.store(false, Ordering::SeqCst);
+    }
+
+    /// A connection to run a program by. Each has its own, for a child or a snapshot could not keep one that is at work; before anybody can want
+    /// one of those, the one that there is does, at none of the cost.
+    fn agent_for_program(&self) -> Result<Agent, ErrorBody> {
+        match self.agent() {
+            Some(agent) if self.unborn.load(Ordering::SeqCst) => Ok(agent),
+            _ => super::exec::connect(&self.paths),
+        }
     }
 
     /// A stop was asked for: an end that the guest makes itself is what was wanted.
@@ -345,7 +363,9 @@ fn exec(control: &Control, request: &Request, stream: &mut UnixStream) -> Result
         return Err(ErrorBody::new(ErrorCode::Conflict, message));
     }
     let body = body(request)?;
-    super::exec::exec(&control.paths, &control.record, &body, stream).map(|()| Reply::Sent)
+    super::exec::check(&body)?;
+    let agent = control.agent_for_program()?;
+    super::exec::exec(&agent, &control.record, &body, stream).map(|()| Reply::Sent)
 }
 
 fn console(
