@@ -20,9 +20,11 @@ const DEVICE: &str = "/dev/lane";
 /// How long to look for what comes next before the kernel is asked to wait. To sleep and be woken is some 5,000 instructions of the kernel, 3 ms on a
 /// software KVM: more than that is never worth it. A host that has the next thing to say says it within some hundred microseconds: with less, it would
 /// find the agent asleep. And a hundred copies of a guest that spin at once keep each other waiting, so it is not more than it has to be.
-const SPIN: Duration = Duration::from_millis(1);
+pub const SPIN: Duration = Duration::from_millis(1);
 /// How often the clock is not looked at in between.
 const LOOKS: u32 = 64;
+/// What so many looks take at most. Where the clock says more, the guest stood still for a snapshot, or goes on from one; that does not count.
+const LOOKS_TAKE: Duration = Duration::from_micros(100);
 
 /// A ring, and the words of its indices: how many bytes were ever put in, and taken out.
 struct Ring {
@@ -173,9 +175,9 @@ impl Lane {
         ready & wanted
     }
 
-    /// Looks for one of `wanted` for a while, without the kernel.
-    pub fn spin(&self, wanted: PollFlags) -> PollFlags {
-        let start = Instant::now();
+    /// Looks for one of `wanted` for so long, without the kernel.
+    pub fn spin(&self, wanted: PollFlags, mut left: Duration) -> PollFlags {
+        let mut last = Instant::now();
         loop {
             for _ in 0..LOOKS {
                 let ready = self.ready(wanted);
@@ -184,7 +186,10 @@ impl Lane {
                 }
                 std::hint::spin_loop();
             }
-            if start.elapsed() >= SPIN {
+            let now = Instant::now();
+            left = left.saturating_sub((now - last).min(LOOKS_TAKE));
+            last = now;
+            if left.is_zero() {
                 return PollFlags::empty();
             }
         }
@@ -310,9 +315,9 @@ mod tests {
         assert_eq!(lane.get(GUEST_WANTS), WANTS_DATA | WANTS_ROOM);
         lane.awake();
         assert_eq!(lane.get(GUEST_WANTS), 0);
-        assert_eq!(lane.spin(PollFlags::IN), PollFlags::empty());
+        assert_eq!(lane.spin(PollFlags::IN, SPIN), PollFlags::empty());
         lane.set(TO_GUEST.head, 1);
-        assert_eq!(lane.spin(PollFlags::IN), PollFlags::IN);
+        assert_eq!(lane.spin(PollFlags::IN, SPIN), PollFlags::IN);
     }
 
     #[test]
