@@ -6,7 +6,7 @@ use std::fmt::Display;
 use guest_agent::proto::{Error, ErrorCode};
 
 /// A failure of a request, or of a connection.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Failure {
     /// What a client can branch on.
     pub code: ErrorCode,

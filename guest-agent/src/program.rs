@@ -133,6 +133,12 @@ pub struct Program {
     copy: Option<Copy>,
     /// Whether it was to run in one.
     warm: bool,
+    /// A signal that waits until the copy is the program.
+    early: Option<Signal>,
+    /// That it is, is known.
+    is_heard: bool,
+    /// Why it cannot run, where that is known only now.
+    failure: Option<Failure>,
 }
 
 impl Program {
@@ -165,6 +171,9 @@ impl Program {
             start: None,
             copy: None,
             warm: false,
+            early: None,
+            is_heard: false,
+            failure: None,
         }
     }
 
@@ -182,11 +191,10 @@ impl Program {
         self.pid = pid;
         if let Some(start) = self.start.take() {
             self.warm = !start.has_failed();
-            if let Some(signal) = start.signal {
-                self.signal(signal);
-            }
             if self.warm {
                 self.copy = Some(start.into_copy());
+            } else {
+                self.send_early();
             }
         }
     }
@@ -204,6 +212,10 @@ impl Program {
         match self.copy.as_ref().map(|copy| copy.hear(self.pid)) {
             None | Some(Tidings::None) => {}
             Some(Tidings::Last) => self.copy = None,
+            Some(Tidings::Failed(failure)) => {
+                self.failure = Some(failure);
+                self.end(Exited::default());
+            }
             Some(Tidings::Ended(ended)) => self.reaped(&ended),
         }
     }
@@ -241,27 +253,36 @@ impl Program {
         self.deadline = deadline;
     }
 
-    /// When it is to be ended.
+    /// When something is to be done about it: it is to be ended, or sent a signal that came too early.
     pub fn deadline(&self) -> Option<Instant> {
         let give_up = self.start.as_ref().and_then(|start| start.give_up);
-        [self.deadline, give_up]
+        let settled = self.early.and(self.settled_at());
+        [self.deadline, give_up, settled]
             .into_iter()
             .flatten()
             .min()
             .filter(|_| self.exited.is_none() && !self.timed_out)
     }
 
-    /// Ends it if its time is over.
+    /// When a copy is surely its program.
+    fn settled_at(&self) -> Option<Instant> {
+        self.copy.as_ref().map(Copy::is_settled_at)
+    }
+
+    /// Does what its time has come for.
     pub fn check_deadline(&mut self, now: Instant) {
-        if self.deadline().is_none_or(|deadline| deadline > now) {
+        if self.exited.is_some() || self.timed_out {
             return;
         }
-        match &mut self.start {
-            Some(start) if self.deadline.is_none_or(|deadline| deadline > now) => start.give_up(),
-            _ => {
-                self.timed_out = true;
-                self.kill();
-            }
+        let is_over = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        if is_over(self.settled_at()) {
+            self.send_early();
+        }
+        if is_over(self.deadline) {
+            self.timed_out = true;
+            self.kill();
+        } else if let Some(start) = self.start.as_mut().filter(|start| is_over(start.give_up)) {
+            start.give_up();
         }
     }
 
@@ -296,6 +317,9 @@ impl Program {
     /// Moves what a ready pipe has, or takes. `scratch` has room for `MAX_DATA` bytes.
     pub fn move_data(&mut self, stream: Stream, scratch: &mut [u8], output: &mut Output) {
         let id = self.request_id;
+        if stream != Stream::Stdin {
+            self.send_early();
+        }
         match stream {
             Stream::Stdin => self.feed(output),
             Stream::Stdout => self.stdout.pump(scratch, |data| {
@@ -405,13 +429,24 @@ impl Program {
     }
 
     /// Sends a signal to the process group, unless its leader is gone: then its number may be
-    /// another's by now.
+    /// another's by now. One that comes while a copy of an interpreter becomes the program waits for that.
     pub fn signal(&mut self, signal: Signal) {
-        if let Some(start) = &mut self.start {
-            start.signal = Some(signal);
+        let is_settling = signal != Signal::KILL
+            && !self.is_heard
+            && self.settled_at().is_some_and(|at| at > Instant::now());
+        if self.start.is_some() || is_settling {
+            self.early = Some(signal);
         } else if self.exited.is_none() && matches!(self.role, Role::Program) {
             // The group may be gone already, though not reaped: then there is nobody to tell.
             let _ = kill_process_group(self.pid, signal);
+        }
+    }
+
+    /// Sends a signal that waited.
+    fn send_early(&mut self) {
+        self.is_heard = true;
+        if let Some(signal) = self.early.take() {
+            self.signal(signal);
         }
     }
 
@@ -483,6 +518,9 @@ impl Program {
     pub fn over(&self) -> Option<Kind> {
         let drained = self.stdout.pipe().is_none() && self.stderr.pipe().is_none();
         let exited = self.exited.filter(|_| drained)?;
+        if let Some(failure) = &self.failure {
+            return Some(Kind::Error(failure.clone().into()));
+        }
         let Role::Helper { report, cancelled } = &self.role else {
             return Some(Kind::Exited(exited));
         };

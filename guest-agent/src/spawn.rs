@@ -136,15 +136,16 @@ pub fn start(
         None => Ok(pid),
         Some(Trouble::Execute(errno)) => Err(explain(program, errno)),
         Some(Trouble::Setup(call, errno)) => Err(Failure::internal(call, errno)),
-        Some(Trouble::Directory(errno)) => Err(Failure::new(
-            ErrorCode::BadWorkingDirectory,
-            format!(
-                "working directory {}: {}",
-                Path::new(OsStr::from_bytes(&exec.cwd)).display(),
-                plain(&errno.into())
-            ),
-        )),
+        Some(Trouble::Directory(errno)) => Err(bad_directory(&exec.cwd, errno)),
     }
+}
+
+/// A program cannot run in the directory that it was to.
+pub fn bad_directory(cwd: &[u8], errno: Errno) -> Failure {
+    let directory = Path::new(OsStr::from_bytes(cwd)).display();
+    let why = plain(&errno.into());
+    let message = format!("working directory {directory}: {why}");
+    Failure::new(ErrorCode::BadWorkingDirectory, message)
 }
 
 /// As execvp(3): the first candidate that can be executed; a forbidden one is mentioned only if there

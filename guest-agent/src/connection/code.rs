@@ -36,6 +36,7 @@ impl Connection {
                 Begun::Warm(start, spawned, cgroup) => {
                     let program = Program::new(id, spawned, output_window, cgroup, file);
                     self.admit(program.through(start), timeout_ms);
+                    self.hear(self.programs.len().saturating_sub(1));
                     return Ok(());
                 }
                 Begun::Fresh(it) => exec = it,

@@ -232,8 +232,8 @@ for trial in True, False:
         if not is_inline:
             with open(path, "rb") as file:
                 source = file.read()
-    except OSError:
-        # A fresh interpreter will say it.
+    except OSError as error:
+        own.send(b"no" + error.errno.to_bytes(4, sys.byteorder))
         os._exit(1)
     variables = dict(variable.split(b"=", 1) for variable in rest[arguments:])
     if list(variables.items()) != list(os.environb.items()):
@@ -256,10 +256,6 @@ for trial in True, False:
         # A fresh interpreter says best what is wrong with it.
         code = None
     let_others_look(0 if trial else 1)
-    try:
-        trial or own.send(b"go")
-    except OSError:
-        os._exit(1)
     if code is None:
         os.execv(sys.executable, sys.orig_argv)
     main = sys.modules["__main__"] = type(sys)("__main__")

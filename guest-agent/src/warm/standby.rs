@@ -1,8 +1,8 @@
 //! A copy of an interpreter that waits for a program, and the way of a program into it.
 //!
 //! The copy has its process, its streams and mostly its control group before anybody asks for it. It says "ready" with
-//! its process id (which the kernel vouches for), is sent one packet, and says "go" when it runs the program. Until then nothing of the program
-//! has run: if the copy is lost, the program is started in a fresh interpreter on the same streams.
+//! its process id (which the kernel vouches for), and is sent one packet: from then on it is the program, and says no more than its end. If it is lost
+//! before, the program is started in a fresh interpreter on the same streams.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -63,11 +63,15 @@ pub fn receive(socket: &OwnedFd, room: &mut [u8]) -> Option<(usize, Option<Pid>)
     }
 }
 
+/// The greatest number of an error (Linux, include/linux/err.h, `MAX_ERRNO`).
+const ERRNO_MAX: i32 = 4095;
+
 /// What a copy says.
 enum Word {
     Nothing,
     Ready(Pid),
-    Go,
+    /// The program cannot run where or as it should.
+    No(Errno),
     End(Ended),
     Gone,
 }
@@ -78,7 +82,10 @@ fn word(socket: &OwnedFd) -> Word {
         None => Word::Nothing,
         Some((count, sender)) => match (room.get(..count), sender) {
             (Some(b"ready"), Some(pid)) => Word::Ready(pid),
-            (Some(b"go"), _) => Word::Go,
+            (Some([b'n', b'o', errno @ ..]), _) => {
+                let errno = errno.try_into().map_or(0, i32::from_ne_bytes);
+                Word::No(Errno::from_raw_os_error(errno.clamp(1, ERRNO_MAX)))
+            }
             (Some([b'e', b'n', b'd', status, usage @ ..]), Some(pid)) => {
                 Word::End(ended(pid, *status, usage))
             }
@@ -174,7 +181,7 @@ impl Standby {
                 self.pid = Some(pid);
                 true
             }
-            Word::Ready(_) | Word::Go | Word::End(_) | Word::Gone => false,
+            Word::Ready(_) | Word::No(_) | Word::End(_) | Word::Gone => false,
         }
     }
 
@@ -198,8 +205,7 @@ impl Standby {
             exec,
             identity,
             give_up: Some(Instant::now() + PATIENCE),
-            signal: None,
-            has_failed: false,
+            state: State::Waiting,
         };
         if self.pid.is_some() {
             start.send(group);
@@ -223,9 +229,17 @@ pub struct Start {
     identity: Option<Identity>,
     /// When a fresh interpreter is started instead.
     pub give_up: Option<Instant>,
-    /// A signal that came too early.
-    pub signal: Option<Signal>,
-    has_failed: bool,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The copy is not ready.
+    Waiting,
+    /// It has the program.
+    Sent,
+    /// It is lost.
+    Failed,
 }
 
 impl Start {
@@ -241,21 +255,21 @@ impl Start {
 
     /// Whether it cannot come to run there.
     pub fn has_failed(&self) -> bool {
-        self.has_failed
+        self.state == State::Failed
     }
 
-    /// It shall not run there. If the copy is known, its end decides whether it had begun.
+    /// It shall not run there.
     pub fn give_up(&mut self) {
         self.give_up = None;
-        match self.pid {
-            Some(pid) => drop(kill_process(pid, Signal::KILL)),
-            None => self.has_failed = true,
+        if let Some(pid) = self.pid {
+            let _ = kill_process(pid, Signal::KILL);
         }
+        self.state = State::Failed;
     }
 
     /// The copy has ended, and its process id is another's from now on.
     pub fn lost(&mut self) {
-        self.has_failed = true;
+        self.state = State::Failed;
         self.pid = None;
     }
 
@@ -265,33 +279,35 @@ impl Start {
             _ => true,
         };
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        self.has_failed = !adopted || send(&self.socket, &self.packet, flags).is_err();
+        self.state = match adopted && send(&self.socket, &self.packet, flags).is_ok() {
+            true => State::Sent,
+            false => State::Failed,
+        };
         self.packet = Vec::new();
     }
 
-    /// Hears what the copy says; gives its process id when it runs the program.
+    /// Hears what a copy says that was not ready; gives its process id once it has the program.
     pub fn advance(&mut self, cgroup: Option<&Cgroup>) -> Option<Pid> {
-        loop {
-            if self.has_failed {
-                return None;
-            }
+        if self.state == State::Waiting {
             match word(&self.socket) {
-                Word::Nothing => return None,
-                Word::Ready(pid) if self.pid.is_none() => {
+                Word::Nothing => {}
+                Word::Ready(pid) => {
                     self.pid = Some(pid);
                     self.send(cgroup);
                 }
-                Word::Go if self.pid.is_some() => return self.pid,
                 // It ends by itself, or when it finds nobody at its socket.
-                Word::Ready(_) | Word::Go | Word::End(_) | Word::Gone => self.has_failed = true,
+                Word::No(_) | Word::End(_) | Word::Gone => self.state = State::Failed,
             }
         }
+        self.pid.filter(|_| self.state == State::Sent)
     }
 
     /// What is left once the copy runs the program.
     pub fn into_copy(self) -> Copy {
         Copy {
             socket: self.socket,
+            cwd: self.exec.cwd,
+            sent: Instant::now(),
         }
     }
 
@@ -304,16 +320,25 @@ impl Start {
     }
 }
 
+/// How long a copy is left alone to become its program: a signal would meet it unprepared.
+const SETTLED_AFTER: Duration = Duration::from_millis(200);
+
 /// A copy that runs a program. It says when that is over, before its process has ended: clearing the memory is
 /// most of a short program's work where a guest's kernel is emulated.
 pub struct Copy {
     socket: OwnedFd,
+    /// Where its program was to run.
+    cwd: Vec<u8>,
+    /// When it was sent its program.
+    sent: Instant,
 }
 
 /// What a copy that runs says.
 pub enum Tidings {
     /// Nothing yet.
     None,
+    /// The program cannot run, and why.
+    Failed(Failure),
     /// The program is over.
     Ended(Ended),
     /// Nothing any more: the end is that of its process.
@@ -326,13 +351,22 @@ impl Copy {
         self.socket.as_fd()
     }
 
+    /// When it surely is its program, whether or not that has been heard of.
+    pub fn is_settled_at(&self) -> Instant {
+        self.sent + SETTLED_AFTER
+    }
+
     /// Hears what it says. The program may say it as well: then it has chosen its own end.
     pub fn hear(&self, pid: Pid) -> Tidings {
         match word(&self.socket) {
             Word::Nothing => Tidings::None,
+            Word::No(errno) => Tidings::Failed(match &self.cwd[..] {
+                [] => Failure::internal("the program's file", errno),
+                cwd => spawn::bad_directory(cwd, errno),
+            }),
             Word::End(ended) if ended.pid == pid => Tidings::Ended(ended),
             // Of a process that the program has forked, for one.
-            Word::Ready(_) | Word::Go | Word::End(_) => Tidings::None,
+            Word::Ready(_) | Word::End(_) => Tidings::None,
             Word::Gone => Tidings::Last,
         }
     }

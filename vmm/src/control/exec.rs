@@ -26,11 +26,7 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
 const GONE_PAUSE: Duration = Duration::from_millis(100);
 
 /// Starts what `body` asks for in the sandbox of `record`, whose agent this is.
-fn start(
-    agent: &Agent,
-    body: &ExecBody,
-    record: &Record,
-) -> Result<Running, AgentError> {
+fn start(agent: &Agent, body: &ExecBody, record: &Record) -> Result<Running, AgentError> {
     let exec = request(body, record);
     if body.code.is_empty() {
         return agent.start(exec);
