@@ -13,6 +13,7 @@ use std::os::unix::fs::{DirBuilderExt, fchown};
 use std::path::{Path, PathBuf};
 
 use guest_agent::proto::{EnvVar, ErrorCode, Exec, Language, RunCode};
+use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::failure::Failure;
 
@@ -26,6 +27,8 @@ const MAX_ARGUMENT: usize = 64 * 1024;
 pub struct SourceFile {
     directory: PathBuf,
     file: PathBuf,
+    /// The directory, open. To close it takes longer than to keep it.
+    handle: Option<File>,
 }
 
 impl Drop for SourceFile {
@@ -39,11 +42,13 @@ impl Drop for SourceFile {
 /// The name of a file of Python that its client gives none.
 const PYTHON_FILE: &str = "main.py";
 
+/// Memory that a file has before its content is known, in bytes: a page.
+const ROOM: u64 = 4096;
+
 /// A source file that is empty yet. Its user cannot get at it: the directory is the agent's.
 pub struct Draft {
     source: SourceFile,
     content: File,
-    directory: File,
     /// Who runs its program.
     pub owner: Option<(u32, u32)>,
 }
@@ -63,16 +68,19 @@ impl Draft {
         let mut builder = DirBuilder::new();
         builder.mode(0o700).create(&directory)?;
         let file = directory.join(name);
-        let source = SourceFile { directory, file };
+        let mut source = SourceFile {
+            directory,
+            file,
+            handle: None,
+        };
         let content = File::create_new(&source.file)?;
         if let Some((uid, gid)) = owner {
             fchown(&content, Some(uid), Some(gid))?;
         }
-        let directory = File::open(&source.directory)?;
+        source.handle = Some(File::open(&source.directory)?);
         Ok(Self {
             source,
             content,
-            directory,
             owner,
         })
     }
@@ -83,7 +91,10 @@ impl Draft {
     /// The directory or the file cannot be made.
     pub fn ahead(number: u64, owner: Option<(u32, u32)>) -> std::io::Result<Self> {
         // No other number begins with a zero.
-        Self::new(&format!("0{number}"), PYTHON_FILE, owner)
+        let draft = Self::new(&format!("0{number}"), PYTHON_FILE, owner)?;
+        // Where that cannot be had ahead, it is had when it is written.
+        let _ = fallocate(&draft.content, FallocateFlags::KEEP_SIZE, 0, ROOM);
+        Ok(draft)
     }
 
     /// Fills it and calls it `name`. From then on the directory is its user's to play with.
@@ -94,8 +105,8 @@ impl Draft {
             std::fs::rename(&self.source.file, &named)?;
             self.source.file = named;
         }
-        if let Some((uid, gid)) = self.owner {
-            fchown(&self.directory, Some(uid), Some(gid))?;
+        if let (Some((uid, gid)), Some(directory)) = (self.owner, &self.source.handle) {
+            fchown(directory, Some(uid), Some(gid))?;
         }
         Ok(self.source)
     }

@@ -18,6 +18,9 @@ os.close(null)
 libc = _ctypes.dlopen(None, 0)
 c_prctl, c_fflush, c_getrusage = (_ctypes.dlsym(libc, name) for name in ("prctl", "fflush", "getrusage"))
 
+# More than there can be of open files.
+FDS_MAX = 1 << 30
+
 # What a copy runs before it is ready, for the sake of the memory that it touches.
 TRIAL = b"""import os, sys
 class Class:
@@ -153,6 +156,23 @@ def finish(status, trial):
     return status
 
 
+def last_word(status, trial):
+    """Says that the program is over, and what it used. The rest of a process's end is for the kernel, which takes its time to clear the memory."""
+    # Not of one kind with literals, which are shared: these are written to.
+    usage, children = bytes(144), bytes(144)
+    _ctypes.call_function(c_getrusage, (0, usage))
+    _ctypes.call_function(c_getrusage, (-1, children))
+    word = b"end" + bytes([status]) + usage + children
+    # Files and sockets are closed before the word, for they may be waited for.
+    first = FDS_MAX - 1 if trial else 3
+    os.closerange(first, own.fileno())
+    os.closerange(max(first, own.fileno() + 1), FDS_MAX)
+    try:
+        trial or own.send(word)
+    except OSError:
+        pass
+
+
 let_others_look(0)
 names = control.recv(1 << 16).decode()
 for name in set(sys.modules) - was_there:
@@ -200,7 +220,7 @@ while True:
 # From here on it is a copy.
 control.close()
 # Its socket is out of the way of what a program opens.
-own = _socket.socket(fileno=fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, 50))
+own = _socket.socket(fileno=fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, 20))
 os.close(fds[0])
 os.setpgid(0, 0)
 gc.enable()
@@ -216,6 +236,9 @@ for trial in True, False:
         for fd in 0, 1, 2:
             os.dup2(fds[fd + 1], fd)
             os.close(fds[fd + 1])
+        # The C library gives back to the kernel what is free at the end of its heap, as after something large: now rather than then.
+        with open("/dev/null", "rb", buffering=0) as null:
+            null.read(1 << 16)
         try:
             own.send(b"ready")
             data = own.recv(1 << 16)
@@ -278,11 +301,8 @@ for trial in True, False:
         status = report(error, error.__traceback__)
         error = None
     status = finish(status, trial)
-    # Not of one kind with literals, which are shared: these are written to.
-    usage, children = bytes(144), bytes(144)
-    _ctypes.call_function(c_getrusage, (0, usage))
-    _ctypes.call_function(c_getrusage, (-1, children))
     if trial:
+        last_word(status, True)
         del sys.last_type, sys.last_value, sys.last_traceback
         sys.setswitchinterval(0.005)
 
@@ -290,12 +310,5 @@ if interrupted:
     import _signal
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     os.kill(os.getpid(), _signal.SIGINT)
-# The rest of a process's end is for the kernel, which takes its time to clear the memory. Files and sockets are closed
-# before the word, for they may be waited for.
-os.closerange(3, own.fileno())
-os.closerange(own.fileno() + 1, 1 << 30)
-try:
-    own.send(b"end" + bytes([status]) + usage + children)
-except OSError:
-    pass
+last_word(status, False)
 os._exit(status)

@@ -15,7 +15,8 @@ use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_passcred;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, send, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, recvmsg, send,
+    sendmsg, socketpair,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -42,6 +43,8 @@ pub fn packet_sockets() -> Result<(OwnedFd, OwnedFd), Errno> {
     )?;
     rustix::io::ioctl_fionbio(&ours, true)?;
     set_socket_passcred(&ours, true)?;
+    // Who wants to be told who sends has a name (unix(7), `SO_PASSCRED`), and would get it when it sends first.
+    bind(&ours, &SocketAddrUnix::new_unnamed())?;
     Ok((ours, theirs))
 }
 
