@@ -38,9 +38,6 @@ use crate::wire::Wire;
 /// The most programs that may run at once for one connection.
 const MAX_PROGRAMS: usize = 256;
 
-/// How long a client may have the agent look for what it says next: nobody else has the processor meanwhile.
-const ATTENTION_MAX: Duration = Duration::from_millis(20);
-
 /// What connections need from the server.
 pub struct Context<'a> {
     /// Room for `MAX_DATA` bytes, for whoever reads just now.
@@ -53,8 +50,6 @@ pub struct Context<'a> {
     pub shutdown: &'a mut Option<Shutdown>,
     /// Set when a client has said that the guest goes on from a snapshot.
     pub is_restored: &'a mut bool,
-    /// How long to look for what the client says next, if it wants that.
-    pub attention: &'a mut Duration,
     /// Makes the control groups of programs.
     pub cgroups: &'a mut Cgroups,
     /// What a restored guest needs at once.
@@ -288,11 +283,7 @@ impl Connection {
         }
 
         let result = match (kind, program) {
-            (Some(Ask::Ping(ping)), _) => {
-                if self.wire().is_some_and(|wire| wire.lane().is_some()) {
-                    let wanted = Duration::from_micros(ping.attend_us.into());
-                    *context.attention = wanted.min(ATTENTION_MAX);
-                }
+            (Some(Ask::Ping(_)), _) => {
                 self.output.push(id, Kind::Pong(Pong {}));
                 Ok(())
             }

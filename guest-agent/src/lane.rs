@@ -20,7 +20,7 @@ const DEVICE: &str = "/dev/lane";
 /// How long to look for what comes next before the kernel is asked to wait. To sleep and be woken is some 5,000 instructions of the kernel, 3 ms on a
 /// software KVM: more than that is never worth it. A host that has the next thing to say says it within some hundred microseconds: with less, it would
 /// find the agent asleep. And a hundred copies of a guest that spin at once keep each other waiting, so it is not more than it has to be.
-pub const SPIN: Duration = Duration::from_millis(1);
+const SPIN: Duration = Duration::from_millis(1);
 /// How often the clock is not looked at in between.
 const LOOKS: u32 = 64;
 /// What so many looks take at most. Where the clock says more, the guest stood still for a snapshot, or goes on from one; that does not count.
@@ -175,8 +175,9 @@ impl Lane {
         ready & wanted
     }
 
-    /// Looks for one of `wanted` for so long, without the kernel.
-    pub fn spin(&self, wanted: PollFlags, mut left: Duration) -> PollFlags {
+    /// Looks for one of `wanted` for a while, without the kernel.
+    pub fn spin(&self, wanted: PollFlags) -> PollFlags {
+        let mut left = SPIN;
         let mut last = Instant::now();
         loop {
             for _ in 0..LOOKS {
@@ -315,9 +316,9 @@ mod tests {
         assert_eq!(lane.get(GUEST_WANTS), WANTS_DATA | WANTS_ROOM);
         lane.awake();
         assert_eq!(lane.get(GUEST_WANTS), 0);
-        assert_eq!(lane.spin(PollFlags::IN, SPIN), PollFlags::empty());
+        assert_eq!(lane.spin(PollFlags::IN), PollFlags::empty());
         lane.set(TO_GUEST.head, 1);
-        assert_eq!(lane.spin(PollFlags::IN, SPIN), PollFlags::IN);
+        assert_eq!(lane.spin(PollFlags::IN), PollFlags::IN);
     }
 
     #[test]

@@ -18,9 +18,9 @@ use crate::sys;
 /// How many random bytes a guest starts anew from: at least what the kernel's key has, at most what is sensible.
 const ENTROPY: std::ops::RangeInclusive<usize> = 32..=512;
 
-/// How far from the time that a request tells the clock may be and stay, in nanoseconds: what a request takes to come, and a little. The host lets
-/// the clock of a child go on from its parent's, and to set it is 3,000 instructions of the kernel.
-const TOLERANCE: std::ops::RangeInclusive<i64> = -2_000_000..=20_000_000;
+/// How far from the time that a request tells the clock may be and stay, in nanoseconds: what a request takes to come, where
+/// many guests are told at once, and what a clock lost that was set so. The host lets the clock of a child go on from its parent's, and to set it is 3,000 instructions of the kernel.
+const TOLERANCE: std::ops::RangeInclusive<i64> = -20_000_000..=500_000_000;
 
 /// The longest host name that the kernel takes, in bytes.
 const MAX_HOSTNAME: usize = 64;
@@ -198,13 +198,12 @@ mod tests {
         let at = |tv_sec, tv_nsec| Timespec { tv_sec, tv_nsec };
         let time = at(1_700_000_000, 5_000_000);
         assert!(is_right(time, time));
-        assert!(is_right(at(1_700_000_000, 24_000_000), time));
-        assert!(is_right(at(1_700_000_000, 4_000_000), time));
+        assert!(is_right(at(1_700_000_000, 504_000_000), time));
+        assert!(is_right(at(1_699_999_999, 986_000_000), time));
         for off in [
-            at(1_700_000_000, 26_000_000),
-            at(1_700_000_000, 2_000_000),
+            at(1_700_000_000, 506_000_000),
             at(1_700_000_001, 5_000_000),
-            at(1_699_999_999, 990_000_000),
+            at(1_699_999_999, 984_000_000),
             at(i64::MIN, 0),
             at(i64::MAX, 999_999_999),
         ] {

@@ -7,7 +7,7 @@
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use guest_agent::proto::{Feature, Hello, MAX_DATA, Shutdown, Stream};
 use guest_agent::version::SUPPORTED;
@@ -21,7 +21,7 @@ use crate::cgroup::{Cgroup, Cgroups};
 use crate::connection::{Connection, Context};
 use crate::failure::Failure;
 use crate::files::Layers;
-use crate::lane::{Lane, SPIN};
+use crate::lane::Lane;
 use crate::program::{Program, STDIN_WINDOW};
 use crate::restored::Prepared;
 use crate::signals::Signals;
@@ -79,8 +79,6 @@ pub struct Server {
     prepared: Prepared,
     /// How often in a row only the lane was looked at.
     lane_turns: u32,
-    /// How long the lane is to be looked at before the next sleep, whatever else there is to do.
-    attention: Duration,
     shutdown: Option<Shutdown>,
 }
 
@@ -110,7 +108,6 @@ impl Server {
             remains: Vec::new(),
             prepared: Prepared::default(),
             lane_turns: 0,
-            attention: Duration::ZERO,
             shutdown: None,
         })
     }
@@ -218,22 +215,19 @@ impl Server {
     /// Waits until something is ready, and lists it.
     ///
     /// The lane is looked at first, without the kernel, and for a while after something has come on it; unless a program runs, which may be what
-    /// the processor is for, and the host has not asked for it. Others have their turn after some of the lane's.
+    /// the processor is for. Others have their turn after some of the lane's.
     fn wait(&mut self, ready: &mut Vec<(Token, PollFlags)>) -> Result<(), Failure> {
         ready.clear();
         let turns = std::mem::take(&mut self.lane_turns);
-        let attention = std::mem::take(&mut self.attention);
         let Some((index, wants, lane)) = self.lane() else {
             return self.poll(ready);
         };
         let mut now = PollFlags::empty();
         if turns < LANE_TURNS {
             now = lane.ready(wants);
-            let is_quiet = || self.connections.iter().all(|c| c.programs().is_empty());
-            if now.is_empty() && !attention.is_zero() {
-                now = lane.spin(wants, attention);
-            } else if now.is_empty() && turns > 0 && is_quiet() {
-                now = lane.spin(wants, SPIN);
+            let is_quiet = self.connections.iter().all(|c| c.programs().is_empty());
+            if now.is_empty() && turns > 0 && is_quiet {
+                now = lane.spin(wants);
             }
         }
         if now.is_empty() {
@@ -439,7 +433,6 @@ impl Server {
                 is_init: self.is_init,
                 shutdown: &mut self.shutdown,
                 is_restored: &mut is_restored,
-                attention: &mut self.attention,
                 cgroups: &mut self.cgroups,
                 prepared: &mut self.prepared,
                 warm: &mut self.warm,

@@ -26,7 +26,7 @@ fn a_slow_reader_makes_the_program_wait() {
     }
     assert_eq!(came, 256 * 1024);
     std::thread::sleep(Duration::from_millis(200));
-    client.send(2, Ask::Ping(Ping::default()));
+    client.send(2, Ask::Ping(Ping {}));
     let next = client.receive().unwrap();
     assert!(
         matches!(next.kind, Some(Kind::Pong(_))),
@@ -95,7 +95,7 @@ fn a_full_pipe_of_input_stalls_no_other() {
             data: vec![0; 65536],
         }),
     );
-    client.send(2, Ask::Ping(Ping::default()));
+    client.send(2, Ask::Ping(Ping {}));
     while !matches!(client.receive().unwrap().kind, Some(Kind::Pong(_))) {}
 }
 

@@ -30,7 +30,7 @@ fn the_agent_says_who_it_is() {
 fn a_ping_is_answered() {
     let agent = TestAgent::start();
     let mut client = agent.connect();
-    client.send(9, Ask::Ping(Ping::default()));
+    client.send(9, Ask::Ping(Ping {}));
     let answer = client.receive().unwrap();
     assert_eq!(answer.request_id, 9);
     assert!(matches!(answer.kind, Some(Kind::Pong(_))));

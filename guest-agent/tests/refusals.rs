@@ -141,7 +141,7 @@ fn an_unknown_request_is_answered() {
         panic!("not an error: {answer:?}");
     };
     assert_eq!(error.code(), ErrorCode::Unsupported);
-    client.send(6, Ask::Ping(Ping::default()));
+    client.send(6, Ask::Ping(Ping {}));
     assert!(matches!(
         client.receive().unwrap().kind,
         Some(Kind::Pong(_))
@@ -180,7 +180,7 @@ fn last_words(wrong: impl FnOnce(&mut common::Client)) -> ErrorCode {
 fn a_request_before_hello_is_refused() {
     let agent = TestAgent::start();
     let mut client = agent.dial();
-    client.send(1, Ask::Ping(Ping::default()));
+    client.send(1, Ask::Ping(Ping {}));
     assert!(matches!(
         client.receive().unwrap().kind,
         Some(Kind::Hello(_))
@@ -209,7 +209,7 @@ fn garbage_is_refused() {
 
 #[test]
 fn a_request_needs_an_id_of_its_own() {
-    let zero = last_words(|client| client.send(0, Ask::Ping(Ping::default())));
+    let zero = last_words(|client| client.send(0, Ask::Ping(Ping {})));
     assert_eq!(zero, ErrorCode::BadRequestId);
     let empty = last_words(|client| client.send_raw(&[0; 4]));
     assert_eq!(empty, ErrorCode::BadRequestId);
@@ -219,7 +219,7 @@ fn a_request_needs_an_id_of_its_own() {
             client.receive().unwrap().kind,
             Some(Kind::Started(_))
         ));
-        client.send(7, Ask::Ping(Ping::default()));
+        client.send(7, Ask::Ping(Ping {}));
     });
     assert_eq!(taken, ErrorCode::BadRequestId);
 }
@@ -268,7 +268,7 @@ fn messages_about_requests_that_are_over_are_ignored() {
     ] {
         client.send(1, kind);
     }
-    client.send(2, Ask::Ping(Ping::default()));
+    client.send(2, Ask::Ping(Ping {}));
     let answer = client.receive().unwrap();
     assert!(matches!(answer.kind, Some(Kind::Pong(_))), "{answer:?}");
 }

@@ -142,6 +142,8 @@ pub enum Origin<'a> {
         pages: Pages,
         /// The disks that the guest may write to.
         disks: SavedDisks,
+        /// When it stood still, if it was a running parent.
+        moment: Option<u64>,
     },
 }
 
@@ -229,13 +231,20 @@ pub fn build(
     timings.mark("VM made");
     let ram = layout::ram_ranges(config.memory_mib << 20);
     let ram_end = ram.first().map_or(0, |(start, len)| start + len);
-    let (start, saved) = match origin {
-        Origin::Boot => (Start::Kernel(Kernel::open(&config.kernel, ram_end)?), None),
+    let (start, saved, moment) = match origin {
+        Origin::Boot => {
+            let kernel = Kernel::open(&config.kernel, ram_end)?;
+            (Start::Kernel(kernel), None, None)
+        }
         Origin::Saved {
             state,
             pages,
             disks,
-        } => (Start::Saved(state, pages), Some((&state.devices, disks))),
+            moment,
+        } => {
+            let devices = (&state.devices, disks);
+            (Start::Saved(state, pages), Some(devices), moment)
+        }
     };
     let (mut devices, live) = Devices::new(config, &memory, files, saved)?;
     timings.mark("inputs checked");
@@ -283,7 +292,7 @@ pub fn build(
         for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
             vcpu::state::restore_msrs(vcpu, state)?;
         }
-        platform::restore_clock(&vm, &state.platform)?;
+        platform::restore_clock(&vm, &state.platform, moment)?;
     }
     if let Some(pager) = &pager {
         pager.guest_starts()?;

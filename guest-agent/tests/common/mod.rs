@@ -168,7 +168,7 @@ impl Client {
     /// Ends it so that the agent's socket fails by `ECONNRESET`, as all do in a guest that goes on without its connections.
     /// Between Unix sockets that is what becomes of one whose peer has left something unread.
     pub fn lose(mut self) {
-        self.send(u32::MAX, Ask::Ping(Ping::default()));
+        self.send(u32::MAX, Ask::Ping(Ping {}));
         recv(&self.stream, &mut [0; 1][..], RecvFlags::PEEK).unwrap();
     }
 

@@ -378,16 +378,7 @@ impl Request {
     /// # Errors
     /// [`AgentError::TimedOut`].
     pub fn wait(&self, input: Option<BorrowedFd<'_>>) -> Result<bool, AgentError> {
-        self.wait_until(*lock(&self.owner.0.deadline), input)
-    }
-
-    /// As [`Self::wait`], but until `deadline`.
-    fn wait_until(
-        &self,
-        deadline: Option<Instant>,
-        input: Option<BorrowedFd<'_>>,
-    ) -> Result<bool, AgentError> {
-        let timeout = timeout_until(deadline)?;
+        let timeout = timeout_until(*lock(&self.owner.0.deadline))?;
         let wake = PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN);
         // Without an input, the same twice: an array is simpler than a vector, and as true.
         let (second, count) = match input {
@@ -419,17 +410,6 @@ impl Request {
             }
             self.wait(None)?;
         }
-    }
-
-    /// Waits for the end of a request, of whatever kind, and no longer than to `deadline`. It is given up then.
-    ///
-    /// # Errors
-    /// As [`Self::next`].
-    pub fn end_by(mut self, deadline: Instant) -> Result<(), AgentError> {
-        while !matches!(self.take()?, Some(Event::End(_))) {
-            self.wait_until(Some(deadline), None)?;
-        }
-        Ok(())
     }
 
     /// Waits for the end of a request that says nothing else.

@@ -2,20 +2,14 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use guest_agent::proto::{Hello, Ping, Restored, from_agent, to_agent};
+use guest_agent::proto::{Hello, Restored, from_agent, to_agent};
 use snapshot_fmt::state::agent::AgentState;
 
 use super::channel::Channel;
 use super::link::{Link, Owner, Request};
 use super::{Agent, AgentError, UNEXPECTED, check_version, printable};
-
-/// How long an agent looks out that was woken for a copy. What is left of it when the guest stands still is left in each copy, which is told what it is at
-/// once.
-const ATTENTION: Duration = Duration::from_millis(4);
-/// How long to wait for it to wake: a request that nobody answers costs the copies their agent's connection, and more than that.
-const ROUSED_BY: Duration = Duration::from_secs(1);
 
 /// While this is held, requests that are made on the connection wait. Those that run go on, and are not disturbed.
 pub struct Quiet {
@@ -46,17 +40,6 @@ impl Quiet {
     }
 }
 
-/// An agent that is being woken.
-pub struct Roused(Request);
-
-impl Roused {
-    /// Waits until it is awake; where something is amiss with it, not for long.
-    pub fn wait(self) {
-        // One that does not answer is copied as it is.
-        let _ = self.0.end_by(Instant::now() + ROUSED_BY);
-    }
-}
-
 impl Drop for Quiet {
     fn drop(&mut self) {
         self.owner.0.release();
@@ -64,15 +47,6 @@ impl Drop for Quiet {
 }
 
 impl Agent {
-    /// Has the agent wake, and look out for some milliseconds. A guest that is copied then goes on with it awake, in each copy: to be woken there is
-    /// several thousand instructions of the guest's kernel. The guest must be running.
-    #[must_use]
-    pub fn rouse(&self) -> Option<Roused> {
-        let attend_us = u32::try_from(ATTENTION.as_micros()).unwrap_or(u32::MAX);
-        let ping = to_agent::Kind::Ping(Ping { attend_us });
-        Request::start(&self.owner, ping).ok().map(Roused)
-    }
-
     /// Lets no request begin, on this connection, for as long as what this returns is held: they wait, up to their
     /// deadline. For the moment of a snapshot.
     #[must_use]

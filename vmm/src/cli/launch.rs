@@ -150,6 +150,7 @@ fn build(
         state: &saved.state,
         pages: saved.pages(),
         disks: saved.disks(paths.dir()),
+        moment: saved.moment,
     });
     builder::build(config, origin, shell, timings)
 }

@@ -8,6 +8,7 @@ use snapshot_fmt::state::platform::PlatformState;
 use zerocopy::IntoBytes;
 
 use super::{KvmError, call_failed, structure};
+use crate::timings::monotonic_ns;
 
 /// Saves what processors share. They are outside of KVM_RUN.
 pub fn save(vm: &VmFd) -> Result<PlatformState, KvmError> {
@@ -50,10 +51,16 @@ fn set_chip(vm: &VmFd, chip_id: u32, bytes: &[u8]) -> Result<(), KvmError> {
         .map_err(call_failed("KVM_SET_IRQCHIP"))
 }
 
-/// Lets the guest's clock go on from where it was saved. Last of all: from here on it runs.
-pub fn restore_clock(vm: &VmFd, state: &PlatformState) -> Result<(), KvmError> {
+/// Lets the guest's clock go on from where it was saved, or, where it was a running parent's at that `moment` ([`monotonic_ns`]), from where that one's
+/// is now. Last of all: from here on it runs.
+pub fn restore_clock(
+    vm: &VmFd,
+    state: &PlatformState,
+    moment: Option<u64>,
+) -> Result<(), KvmError> {
+    let since = moment.map_or(0, |moment| monotonic_ns().saturating_sub(moment));
     let clock = kvm_clock_data {
-        clock: state.clock_ns,
+        clock: state.clock_ns.saturating_add(since),
         ..Default::default()
     };
     vm.set_clock(&clock).map_err(call_failed("KVM_SET_CLOCK"))

@@ -235,6 +235,6 @@ impl Machine {
         }
         let link = self.devices.rewind(&state.devices, backings, dir)?;
         *self.lock_agent_link() = link;
-        Ok(platform::restore_clock(&self.vm, &state.platform)?)
+        Ok(platform::restore_clock(&self.vm, &state.platform, None)?)
     }
 }

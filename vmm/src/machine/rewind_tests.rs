@@ -123,6 +123,7 @@ fn going_back_with_four_pages() {
             disks: BTreeMap::new(),
             dir: dir.path().to_owned(),
         },
+        moment: None,
     };
     let mut machine = builder::build(&config, origin, None, &timings).unwrap();
     machine.pause().unwrap();

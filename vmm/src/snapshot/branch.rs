@@ -24,7 +24,6 @@ use crate::agent::Agent;
 use crate::devices::virtio::blk::allowance::Allowance;
 use crate::machine::Machine;
 use crate::pager::Mode;
-use crate::timings::monotonic_ns;
 
 /// A machine's moment.
 pub struct Point {
@@ -34,7 +33,7 @@ pub struct Point {
     pub memory: File,
     /// The disks that the guest may write to.
     pub disks: Vec<SharedDisk>,
-    /// When it was: [`monotonic_ns`].
+    /// When it was: [`Saved::moment`].
     pub moment: u64,
     /// What that came to.
     pub summary: LayerSummary,
@@ -130,7 +129,7 @@ pub struct Begun {
     pub disks: Vec<DiskParts>,
     /// The snapshot that the first layers are.
     pub base: Option<Base>,
-    /// When that was, on this host, if it was a running parent: [`monotonic_ns`]. Its clock has gone on since, and so has this one.
+    /// When that was: [`Saved::moment`].
     pub moment: Option<u64>,
 }
 
@@ -156,9 +155,7 @@ impl Begun {
         let mut of_disks = files.split_off(first).into_iter();
         let mut files = files.into_iter();
         let state = files.next().ok_or_else(|| wrong("it has no state"))?;
-        let (mut state, _): (MachineState, _) = state_file::read(state, Path::new(STATE))?;
-        let since = moment.map_or(0, |moment| monotonic_ns().saturating_sub(moment));
-        state.platform.clock_ns = state.platform.clock_ns.saturating_add(since);
+        let (state, _): (MachineState, _) = state_file::read(state, Path::new(STATE))?;
         let layers = files
             .map(|file| Layer::open(file, Path::new(MEMORY)))
             .collect::<Result<_, _>>()?;
@@ -180,6 +177,7 @@ impl Begun {
             warm,
             working_set: None,
             base,
+            moment,
         })
     }
 }

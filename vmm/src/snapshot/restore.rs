@@ -39,6 +39,8 @@ pub struct Saved {
     pub(super) working_set: Option<Vec<u64>>,
     /// The snapshot that memory begins with.
     pub base: Option<Base>,
+    /// When it stood still, on this host, if it was a running parent: [`crate::timings::monotonic_ns`]. Its clock has gone on since.
+    pub moment: Option<u64>,
 }
 
 /// A snapshot that nobody can remove, and what it holds: what others rest on.
@@ -96,6 +98,7 @@ impl Saved {
             warm: snapshot.manifest().warm.clone(),
             working_set: Some(working_set(snapshot)),
             base: Some(base),
+            moment: None,
         })
     }
 

@@ -19,7 +19,7 @@ use super::disk_layer::{DiskChains, DiskToSave};
 use super::memory_layer::{LayerInProgress, Lineage};
 use crate::agent::{Agent, Quiet};
 use crate::devices::virtio::blk::backup::Moment;
-use crate::machine::{Machine, RunState};
+use crate::machine::Machine;
 use crate::sandbox::record::now;
 use crate::store::{Held, Owner, Store};
 use crate::timings::monotonic_ns;
@@ -149,12 +149,6 @@ pub fn freeze<D>(
 ) -> Result<Frozen<D>, SnapshotError> {
     // A page that is gone keeps whoever touches it, and to save the lane is to look into memory.
     check_memory(machine)?;
-    if let Some(roused) = agent
-        .filter(|_| machine.state() == RunState::Running)
-        .and_then(Agent::rouse)
-    {
-        roused.wait();
-    }
     let quiet = agent.map(Agent::quiesce);
     let start = Instant::now();
     let frozen = machine.freeze(|mut state: MachineState| {
