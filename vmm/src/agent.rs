@@ -279,7 +279,7 @@ impl Agent {
     /// All that a broken or silent connection can lead to.
     pub fn ping(&self) -> Result<Duration, AgentError> {
         let start = Instant::now();
-        match Request::start(&self.owner, to_agent::Kind::Ping(Ping::default()))?.end()? {
+        match Request::start(&self.owner, to_agent::Kind::Ping(Ping {}))?.end()? {
             from_agent::Kind::Pong(_) => Ok(start.elapsed()),
             _ => Err(UNEXPECTED),
         }
