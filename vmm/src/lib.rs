@@ -10,6 +10,7 @@ pub mod builder;
 pub mod cli;
 pub mod config;
 pub mod config_file;
+pub mod confinement;
 pub mod console_log;
 pub mod control;
 pub mod devices;

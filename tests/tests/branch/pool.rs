@@ -59,6 +59,20 @@ fn wait_for_shells(pool: u64) -> Result<Vec<u64>, Failed> {
     children(pool)
 }
 
+/// That the process may do no more than a monitor has to, and how many filters its system calls pass.
+fn filters(pid: u64) -> Result<u64, Failed> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let field = |name: &str| -> Result<u64, Failed> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        Ok(line.ok_or(format!("no {name}"))?.trim().parse()?)
+    };
+    // SECCOMP_MODE_FILTER (Linux, include/uapi/linux/seccomp.h).
+    if (field("NoNewPrivs:")?, field("Seccomp:")?) != (1, 2) {
+        return Err(format!("process {pid} is not confined: {status}").into());
+    }
+    field("Seccomp_filters:")
+}
+
 /// Children and restores take its processes over and outlive it; what it does not have is started.
 pub fn serves() -> Result<(), Failed> {
     let host = Host::new()?;
@@ -69,7 +83,17 @@ pub fn serves() -> Result<(), Failed> {
     let pid = u64::from(pool.id());
     host.refused(&["pool"], &["a pool is running already"])?;
     let shells = wait_for_shells(pid)?;
+    let confined = filters(host.pid("one")?)?;
     host.ok(&["branch", "one", "kid", "-n", "3"])?;
+    // One of them was started by another that is confined; a chain of such is not slower for it.
+    for pid in (1..=3).map(|number| host.pid(&format!("kid-{number}"))) {
+        if filters(pid?)? != confined {
+            return Err("a child passes more filters than its parent".into());
+        }
+    }
+    for shell in &shells {
+        filters(*shell)?;
+    }
     let taken = (1..=3)
         .map(|number| host.pid(&format!("kid-{number}")))
         .collect::<Result<Vec<_>, _>>()?;

@@ -11,6 +11,7 @@ use crate::agent::Child;
 use crate::boot_cache::BootCache;
 use crate::builder::{self, BuildError, Origin, Shell};
 use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
+use crate::confinement;
 use crate::host;
 use crate::kvm::install_kick_handler;
 use crate::machine::Machine;
@@ -163,9 +164,18 @@ pub fn vsock(paths: &SandboxPaths) -> VsockConfig {
     }
 }
 
-/// Makes this process one that can run a VM. From here on a signal does not end it: it is what is returned that tells of it.
+/// Leaves this process no more of the host's kernel than a monitor needs.
+pub fn confine() -> Result<(), CliError> {
+    confinement::confine().map_err(|error| {
+        let hint = "the host's kernel needs seccomp filters (CONFIG_SECCOMP_FILTER)";
+        CliError::Monitor(format!("the monitor cannot be confined: {error}; {hint}"))
+    })
+}
+
+/// Makes this process one that can run a VM, and confines it. From here on a signal does not end it: it is what is returned that tells of it.
 pub fn become_monitor() -> Result<Arc<Signals>, CliError> {
     let failed = |error: std::io::Error| CliError::Monitor(error.to_string());
+    confine()?;
     heap::share_among_threads();
     let signals = Arc::new(Signals::catch().map_err(failed)?);
     install_kick_handler().map_err(failed)?;

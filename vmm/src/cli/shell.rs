@@ -14,10 +14,11 @@ use snapshot_fmt::manifest::Machine;
 
 use super::CliError;
 use super::detached::{self, Announce};
-use super::launch::{Launch, Source, vsock};
+use super::launch::{Launch, Source, confine, vsock};
 use super::vm_spec::VmSpec;
 use crate::builder::Shell;
 use crate::config::ConsoleConfig;
+use crate::confinement;
 use crate::control::types::ChildView;
 use crate::handover::{self, Word};
 use crate::pool::kind;
@@ -35,6 +36,9 @@ pub struct ShellArgs {
     /// Make a machine like this ahead
     #[arg(long, value_name = "JSON")]
     machine: Option<String>,
+    /// Whoever starts this is confined, and so is this
+    #[arg(long)]
+    confined: bool,
 }
 
 /// Longest reason that is told, in characters: it may have the end of the guest's console.
@@ -74,6 +78,10 @@ fn prepare(args: &ShellArgs) -> Result<Option<(Machine, Shell)>, CliError> {
 
 fn be(args: &ShellArgs, parent: &Parent) -> Result<u8, CliError> {
     let broken = |error: io::Error| CliError::Monitor(format!("the handover failed: {error}"));
+    if args.confined {
+        confinement::inherit();
+    }
+    confine()?;
     let made = prepare(args)?;
     if made.is_some() {
         (&parent.socket).write_all(b"\n").map_err(broken)?;

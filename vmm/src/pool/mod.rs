@@ -26,6 +26,7 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 use snapshot_fmt::manifest::{KernelFile, Machine};
 
+use crate::confinement::is_confined;
 use crate::reaper::Reaper;
 
 /// How long a pool may take for each step of an answer. One that is slower is worse than none.
@@ -142,6 +143,9 @@ pub fn new_shell(machine: Option<&Machine>, reaper: &Reaper) -> io::Result<UnixS
     let (socket, theirs) = UnixStream::pair()?;
     let mut command = Command::new("/proc/self/exe");
     command.arg("shell");
+    if is_confined() {
+        command.arg("--confined");
+    }
     if let Some(machine) = machine {
         command
             .arg("--machine")
