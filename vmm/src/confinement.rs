@@ -1,6 +1,6 @@
 //! What a monitor may ask the host's kernel for: a seccomp filter (seccomp(2)) over all its threads, and no new privileges (`PR_SET_NO_NEW_PRIVS`).
 //!
-//! A guest that takes a monitor over has its user's files then, and the system calls below: no network, no tracing of other processes, no namespaces or
+//! A guest that takes a monitor over has its user's files then, with the user's sockets and /proc among them, and the system calls below: no network of its own, no ptrace(2), no namespaces or
 //! mounts, none of the kernel's larger interfaces (bpf, io_uring, perf, keys). A call that is not below fails as on a kernel that has no such call (`ENOSYS`), of which the C
 //! library knows what to do; so does what the monitor starts.
 
@@ -146,6 +146,7 @@ const CALLS: &[c_long] = &[
     libc::SYS_getuid,
     libc::SYS_kill,
     libc::SYS_nanosleep,
+    libc::SYS_pause,
     libc::SYS_pidfd_open,
     libc::SYS_pidfd_send_signal,
     libc::SYS_prctl,
