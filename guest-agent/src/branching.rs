@@ -49,6 +49,8 @@ pub struct Branching {
     listener: Option<OwnedFd>,
     clients: Vec<Client>,
     last: u64,
+    /// What the host is being asked, whether or not anybody waits for it still.
+    asked: Option<u64>,
 }
 
 impl Branching {
@@ -114,22 +116,24 @@ impl Branching {
 
     /// What the host is to be asked next, if it is not being asked.
     pub fn next(&mut self) -> Option<BranchWanted> {
-        let is_asked = |client: &Client| matches!(client.state, State::Asked);
-        if self.clients.iter().any(is_asked) {
+        if self.asked.is_some() {
             return None;
         }
-        self.clients.iter_mut().find_map(|client| {
+        let wanted = self.clients.iter_mut().find_map(|client| {
             let State::Waiting(count) = client.state else {
                 return None;
             };
             client.state = State::Asked;
             let ask = client.ask;
             Some(BranchWanted { ask, count })
-        })
+        })?;
+        self.asked = Some(wanted.ask);
+        Some(wanted)
     }
 
     /// The host has answered.
     pub fn answered(&mut self, answer: &Branched) {
+        self.asked.take_if(|asked| *asked == answer.ask);
         let line = match &*answer.refused {
             "" => format!("parent {}", answer.names.join(" ")),
             why => format!("error {why}"),
@@ -140,6 +144,7 @@ impl Branching {
     /// The guest goes on from a snapshot: as `child`, if it does because a program has asked. Others that wait would ask once more in each copy of
     /// the guest, if they were let.
     pub fn restored(&mut self, child: Option<&Child>) {
+        self.asked = None;
         self.end(|client| match (&client.state, child) {
             (State::Speaking(_), _) => None,
             (State::Asked, Some(child)) if child.ask == client.ask => {
@@ -151,6 +156,7 @@ impl Branching {
 
     /// Nobody is there who could be asked.
     pub fn refuse(&mut self) {
+        self.asked = None;
         self.end(|client| match client.state {
             State::Speaking(_) => None,
             _ => Some("error nobody on the host takes such requests".to_owned()),
@@ -243,6 +249,22 @@ mod tests {
             refused: "no room".into(),
         });
         assert_eq!(answer(second), "error no room\n");
+    }
+
+    #[test]
+    fn the_host_is_not_asked_more_because_somebody_leaves() {
+        let mut branching = Branching::default();
+        let (first, one) = asking(&mut branching, "branch 1\n");
+        assert_eq!(branching.next().unwrap().ask, one);
+        drop(first);
+        branching.hear(one);
+        let (_second, two) = asking(&mut branching, "branch 1\n");
+        assert!(branching.next().is_none());
+        branching.answered(&Branched {
+            ask: one,
+            ..Branched::default()
+        });
+        assert_eq!(branching.next().unwrap().ask, two);
     }
 
     #[test]

@@ -53,6 +53,7 @@ pub(super) fn deal_with(link: &Arc<Link>, wanted: BranchWanted) -> Result<(), Br
     if let Err(error) = spawned {
         *lock(&link.asks) -= 1;
         log::warn!("no thread for what the guest asks: {error}");
+        return Err(Broken::Protocol("what it asks cannot be answered"));
     }
     Ok(())
 }

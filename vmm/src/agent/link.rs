@@ -90,6 +90,8 @@ impl Link {
             .name("agent".into())
             .spawn(move || {
                 let broken = link.read(frames);
+                // The agent is to know that nobody listens any more.
+                let _ = link.socket.shutdown(Shutdown::Both);
                 let mut state = lock(&link.state);
                 state.broken.get_or_insert(broken);
                 state.inboxes.values().for_each(Inbox::wake);
