@@ -1,6 +1,6 @@
 //! The API as `vmm`'s own subcommands ask for it.
 
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use thiserror::Error;
 use super::http::{Answer, HttpError, read_answer, write_request};
 use super::types::{ErrorBody, ErrorCode, ErrorView};
 
-/// Longest answer, in bytes.
+/// Longest answer, or line of one, in bytes.
 const ANSWER_MAX: usize = 1 << 20;
 
 /// A request came to nothing.
@@ -135,10 +135,16 @@ impl Lines {
         mut each: impl FnMut(T) -> Result<(), E>,
     ) -> Result<(), E> {
         let io = |error| ClientError::Http(HttpError::Io(error));
-        for line in BufReader::new(self.answer.chunks(&mut self.stream)).lines() {
-            let value = serde_json::from_str(&line.map_err(io)?).map_err(ClientError::Answer)?;
-            each(value)?;
+        let mut lines = BufReader::new(self.answer.chunks(&mut self.stream));
+        let mut line = String::new();
+        loop {
+            line.clear();
+            // One that is cut off is no JSON.
+            let limit = u64::try_from(ANSWER_MAX).unwrap_or(u64::MAX);
+            if (&mut lines).take(limit).read_line(&mut line).map_err(io)? == 0 {
+                return Ok(());
+            }
+            each(serde_json::from_str(&line).map_err(ClientError::Answer)?)?;
         }
-        Ok(())
     }
 }

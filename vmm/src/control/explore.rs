@@ -34,7 +34,7 @@ const OUTPUT_MAX: usize = 256 << 10;
 const END_MAX: usize = 1024;
 /// How often to look whether the client is still there.
 const GONE_PAUSE: Duration = Duration::from_millis(100);
-/// How long a child may take until the program runs.
+/// How long a child may take to take a request.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Stack of a thread that waits for a program, in bytes.
 const STACK_SIZE: usize = 128 << 10;
@@ -118,7 +118,7 @@ impl Trial<'_> {
     ) -> Result<EndedView, ErrorBody> {
         let given_up = || ErrorBody::new(ErrorCode::Conflict, "given up: another has won");
         let socket = SandboxPaths::new(runtime_dir().join(&child.id)).api_socket();
-        let lines = Lines::ask(&socket, "/v1/exec", run, PATIENCE)?;
+        let lines = Lines::ask(&socket, "/v1/exec?trial=true", run, PATIENCE)?;
         let handle = lines.stream().try_clone().map_err(|error| {
             let message = format!("cannot follow the program: {error}");
             ErrorBody::new(ErrorCode::Internal, message)

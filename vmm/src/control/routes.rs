@@ -33,6 +33,8 @@ pub const OPENAPI: &str = include_str!("openapi.json");
 /// What OpenMetrics text is called.
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+/// What an exploration adds to the path of its requests.
+const TRIAL: &str = "trial=true";
 /// How often a console that is followed is looked at.
 const FOLLOW_PAUSE: Duration = Duration::from_millis(100);
 /// What a forced end may take.
@@ -133,7 +135,7 @@ fn body<T: DeserializeOwned + Default>(request: &Request) -> Result<T, ErrorBody
 
 impl Control {
     /// For the sandbox of `record`. `agent` is a connection that serves for its end, and for what the guest asks; until the sandbox is [born](Self::be_born), for
-    /// programs too.
+    /// what its parent tries in it, too.
     pub fn new(
         record: Record,
         paths: SandboxPaths,
@@ -178,7 +180,7 @@ impl Control {
         self.machine.upgrade().ok_or_else(ended)
     }
 
-    /// The connection that serves for its end alone, until that was asked for.
+    /// The connection that its monitor keeps, until its end was asked for.
     pub(super) fn agent(&self) -> Option<Agent> {
         self.lock_agent().clone()
     }
@@ -192,9 +194,9 @@ impl Control {
         self.unborn.store(false, Ordering::SeqCst);
     }
 
-    /// A connection to run a program by. Each has its own, for a child or a snapshot could not keep one that is at work; before anybody can want
+    /// A connection to try a program by. Others have one of their own, for a child or a snapshot could not keep one that is at work; before anybody can want
     /// one of those, the one that there is does, at none of the cost.
-    fn agent_for_program(&self) -> Result<Agent, ErrorBody> {
+    fn agent_for_trial(&self) -> Result<Agent, ErrorBody> {
         match self.agent() {
             Some(agent) if self.unborn.load(Ordering::SeqCst) => Ok(agent),
             _ => super::exec::connect(&self.paths),
@@ -364,7 +366,10 @@ fn exec(control: &Control, request: &Request, stream: &mut UnixStream) -> Result
     }
     let body = body(request)?;
     super::exec::check(&body)?;
-    let agent = control.agent_for_program()?;
+    let agent = match &*request.query {
+        TRIAL => control.agent_for_trial()?,
+        _ => super::exec::connect(&control.paths)?,
+    };
     super::exec::exec(&agent, &control.record, &body, stream).map(|()| Reply::Sent)
 }
 
