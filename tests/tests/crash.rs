@@ -283,8 +283,8 @@ impl Stage {
         self.still_right(&victim)
     }
 
-    /// One snapshot that meets `fault`, and the next. Returns what became of the first; nothing where the writer had less to write this time, and
-    /// did not come to that call, or came to it in place of the monitor.
+    /// One snapshot that meets `fault`, and the next. Returns what became of the first; nothing where there was less to read or write this time, and
+    /// it did not come to that call, or the writer came to it in place of the monitor.
     fn case(
         &mut self,
         victim: &mut Victim,
@@ -308,7 +308,7 @@ impl Stage {
             What::Kill => "killed by SIGKILL",
             _ => "(INJECTED)",
         });
-        if !hit && who == Who::Writer && output.status == Some(0) {
+        if !hit && output.status == Some(0) {
             victim.taken += 1;
             return Ok(None);
         }
