@@ -133,8 +133,8 @@ pub struct Program {
     copy: Option<Copy>,
     /// Whether it was to run in one.
     warm: bool,
-    /// A signal that waits until the copy is the program.
-    early: Option<Signal>,
+    /// Signals that wait until the copy is the program.
+    early: Vec<Signal>,
     /// That it is, is known.
     is_heard: bool,
     /// Why it cannot run, where that is known only now.
@@ -171,7 +171,7 @@ impl Program {
             start: None,
             copy: None,
             warm: false,
-            early: None,
+            early: Vec::new(),
             is_heard: false,
             failure: None,
         }
@@ -193,7 +193,8 @@ impl Program {
             self.warm = !start.has_failed();
             if self.warm {
                 self.copy = Some(start.into_copy());
-            } else {
+            }
+            if !self.warm || self.early.contains(&Signal::KILL) {
                 self.send_early();
             }
         }
@@ -211,7 +212,11 @@ impl Program {
     pub fn hear(&mut self) {
         match self.copy.as_ref().map(|copy| copy.hear(self.pid)) {
             None | Some(Tidings::None) => {}
-            Some(Tidings::Last) => self.copy = None,
+            Some(Tidings::Last) => {
+                // It runs another program by now, if it has not ended.
+                self.copy = None;
+                self.send_early();
+            }
             Some(Tidings::Failed(failure)) => {
                 self.failure = Some(failure);
                 self.end(Exited::default());
@@ -256,7 +261,7 @@ impl Program {
     /// When something is to be done about it: it is to be ended, or sent a signal that came too early.
     pub fn deadline(&self) -> Option<Instant> {
         let give_up = self.start.as_ref().and_then(|start| start.give_up);
-        let settled = self.early.and(self.settled_at());
+        let settled = self.settled_at().filter(|_| !self.early.is_empty());
         [self.deadline, give_up, settled]
             .into_iter()
             .flatten()
@@ -435,17 +440,19 @@ impl Program {
             && !self.is_heard
             && self.settled_at().is_some_and(|at| at > Instant::now());
         if self.start.is_some() || is_settling {
-            self.early = Some(signal);
+            if !self.early.contains(&signal) {
+                self.early.push(signal);
+            }
         } else if self.exited.is_none() && matches!(self.role, Role::Program) {
             // The group may be gone already, though not reaped: then there is nobody to tell.
             let _ = kill_process_group(self.pid, signal);
         }
     }
 
-    /// Sends a signal that waited.
+    /// Sends the signals that waited.
     fn send_early(&mut self) {
         self.is_heard = true;
-        if let Some(signal) = self.early.take() {
+        for signal in std::mem::take(&mut self.early) {
             self.signal(signal);
         }
     }

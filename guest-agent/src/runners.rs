@@ -148,10 +148,13 @@ pub fn prepare(
         argv.extend([b"-c".to_vec(), code.source, name.as_bytes().to_vec()]);
         None
     } else {
+        let is_ahead = draft.is_some();
         let draft = draft.map_or_else(|| Draft::new(&number.to_string(), name, owner), Ok);
-        let file = draft
+        let mut file = draft
             .and_then(|draft| draft.fill(name, &code.source))
             .map_err(|error| Failure::internal("write the source file", error))?;
+        // Many may run at once, and one was ready.
+        file.handle.take_if(|_| !is_ahead);
         argv.push(file.file.as_os_str().as_bytes().to_vec());
         Some(file)
     };

@@ -2,10 +2,12 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::{Client, Outcome, TestAgent, variable, wait_for};
 use guest_agent::proto::{
-    Cancel, ErrorCode, Language, Pty, RunCode, StdinData, Warm, exited::Status, from_agent::Kind,
-    to_agent::Kind as Ask,
+    Cancel, ErrorCode, Language, Pty, RunCode, Signal, StdinData, Warm, exited::Status,
+    from_agent::Kind, to_agent::Kind as Ask,
 };
 
 fn warm<const N: usize>(modules: [&str; N]) -> Warm {
@@ -142,6 +144,49 @@ fn input_comes_and_time_ends() {
     let long = "#".repeat(200_000) + "\nprint(__file__[-7:])";
     let outcome = run(&mut client, code(&long));
     assert_eq!((outcome.stdout(), outcome.warm), ("main.py\n", true));
+}
+
+#[test]
+fn signals_meet_the_program_however_early() {
+    let agent = TestAgent::start();
+    let mut client = agent.connect();
+    make_warm(&mut client, warm([]));
+    let wait = "import time; time.sleep(100)";
+    let another = "import os; os.execvp('sleep', ['sleep', '100'])";
+    let no_code = "x = (";
+    let slow = format!("{wait}\n{}", "x = {}\n".repeat(100_000));
+    for (source, signo, expected) in [
+        (wait, 15, Status::Signal(15)),
+        (wait, 2, Status::Signal(2)),
+        (&slow, 2, Status::Signal(2)),
+        (another, 15, Status::Signal(15)),
+        (another, 2, Status::Signal(2)),
+        (no_code, 9, Status::Signal(9)),
+    ] {
+        for pause in [0, 20, 250] {
+            client.send(1, Ask::RunCode(code(source)));
+            std::thread::sleep(Duration::from_millis(pause));
+            client.send(1, Ask::Signal(Signal { signo }));
+            let outcome = client.follow(1);
+            // It may have come to its own end, by its own fault.
+            if source != no_code || outcome.status != Some(Status::Code(1)) {
+                let what = format!("{source:.40} {signo} {pause}: {:?}", outcome.stderr());
+                assert_eq!(outcome.status, Some(expected), "{what}");
+            }
+            assert!(
+                !outcome.stderr().contains("<string>"),
+                "{:?}",
+                outcome.stderr()
+            );
+        }
+    }
+    // Both come.
+    let both = "import signal, time\nsignal.signal(10, lambda *_: print('first', flush=True))\ntime.sleep(100)";
+    client.send(1, Ask::RunCode(code(both)));
+    for signo in [10, 15] {
+        client.send(1, Ask::Signal(Signal { signo }));
+    }
+    assert_eq!(client.follow(1).status, Some(Status::Signal(15)));
 }
 
 #[test]

@@ -6,7 +6,7 @@
 # The original runs no program. What it keeps of itself is out of sys.modules before the first module is imported.
 import sys
 was_there = set(sys.modules)
-import _ctypes, _socket, _weakref, atexit, fcntl, gc, os
+import _ctypes, _signal, _socket, _weakref, atexit, fcntl, gc, os
 
 gc.disable()
 control = _socket.socket(fileno=os.dup(0))
@@ -239,6 +239,9 @@ for trial in True, False:
         # The C library gives back to the kernel what is free at the end of its heap, as after something large: now rather than then.
         with open("/dev/null", "rb", buffering=0) as null:
             null.read(1 << 16)
+        # An interrupt ends it until it is the program, as it would a fresh interpreter.
+        interrupt = _signal.getsignal(_signal.SIGINT)
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
         try:
             own.send(b"ready")
             data = own.recv(1 << 16)
@@ -252,11 +255,12 @@ for trial in True, False:
     try:
         if cwd:
             os.chdir(cwd)
+        cwd = b""
         if not is_inline:
             with open(path, "rb") as file:
                 source = file.read()
     except OSError as error:
-        own.send(b"no" + error.errno.to_bytes(4, sys.byteorder))
+        own.send(b"no" + (b"d" if cwd else b"f") + error.errno.to_bytes(4, sys.byteorder))
         os._exit(1)
     variables = dict(variable.split(b"=", 1) for variable in rest[arguments:])
     if list(variables.items()) != list(os.environb.items()):
@@ -290,6 +294,8 @@ for trial in True, False:
     del main, source, data, rest, variables
     error = None
     try:
+        if not trial and interrupt is not None:
+            _signal.signal(_signal.SIGINT, interrupt)
         exec(code, sys.modules["__main__"].__dict__)
     except BaseException as raised:
         error = raised
@@ -307,7 +313,6 @@ for trial in True, False:
         sys.setswitchinterval(0.005)
 
 if interrupted:
-    import _signal
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     os.kill(os.getpid(), _signal.SIGINT)
 last_word(status, False)

@@ -1,7 +1,7 @@
 //! A copy of an interpreter that waits for a program, and the way of a program into it.
 //!
 //! The copy has its process, its streams and mostly its control group before anybody asks for it. It says "ready" with
-//! its process id (which the kernel vouches for), and is sent one packet: from then on it is the program, and says no more than its end. If it is lost
+//! its process id (which the kernel vouches for), and is sent one packet: from then on it is the program, and says that it cannot run, or that it has ended. If it is lost
 //! before, the program is started in a fresh interpreter on the same streams.
 
 use std::io::{IoSlice, IoSliceMut};
@@ -27,7 +27,7 @@ use crate::runners::Draft;
 use crate::spawn::{self, Spawned, Theirs};
 use crate::sys::Ended;
 
-/// How long a copy may take to run its program before that is given up. Making one takes a second where a guest's kernel is emulated.
+/// How long a copy may take to be ready before that is given up. Making one takes a second where a guest's kernel is emulated.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A pair of sockets for packets: ours, which does not block and tells who sends, and theirs.
@@ -73,8 +73,12 @@ const ERRNO_MAX: i32 = 4095;
 enum Word {
     Nothing,
     Ready(Pid),
-    /// The program cannot run where or as it should.
-    No(Errno),
+    /// The program cannot run: its directory, or else its file, is not to be had.
+    No {
+        is_directory: bool,
+        errno: Errno,
+        sender: Option<Pid>,
+    },
     End(Ended),
     Gone,
 }
@@ -85,9 +89,13 @@ fn word(socket: &OwnedFd) -> Word {
         None => Word::Nothing,
         Some((count, sender)) => match (room.get(..count), sender) {
             (Some(b"ready"), Some(pid)) => Word::Ready(pid),
-            (Some([b'n', b'o', errno @ ..]), _) => {
+            (Some([b'n', b'o', what, errno @ ..]), sender) => {
                 let errno = errno.try_into().map_or(0, i32::from_ne_bytes);
-                Word::No(Errno::from_raw_os_error(errno.clamp(1, ERRNO_MAX)))
+                Word::No {
+                    is_directory: *what == b'd',
+                    errno: Errno::from_raw_os_error(errno.clamp(1, ERRNO_MAX)),
+                    sender,
+                }
             }
             (Some([b'e', b'n', b'd', status, usage @ ..]), Some(pid)) => {
                 Word::End(ended(pid, *status, usage))
@@ -184,7 +192,7 @@ impl Standby {
                 self.pid = Some(pid);
                 true
             }
-            Word::Ready(_) | Word::No(_) | Word::End(_) | Word::Gone => false,
+            Word::Ready(_) | Word::No { .. } | Word::End(_) | Word::Gone => false,
         }
     }
 
@@ -299,7 +307,7 @@ impl Start {
                     self.send(cgroup);
                 }
                 // It ends by itself, or when it finds nobody at its socket.
-                Word::No(_) | Word::End(_) | Word::Gone => self.state = State::Failed,
+                Word::No { .. } | Word::End(_) | Word::Gone => self.state = State::Failed,
             }
         }
         self.pid.filter(|_| self.state == State::Sent)
@@ -363,13 +371,17 @@ impl Copy {
     pub fn hear(&self, pid: Pid) -> Tidings {
         match word(&self.socket) {
             Word::Nothing => Tidings::None,
-            Word::No(errno) => Tidings::Failed(match &self.cwd[..] {
-                [] => Failure::internal("the program's file", errno),
-                cwd => spawn::bad_directory(cwd, errno),
+            Word::No {
+                is_directory,
+                errno,
+                sender,
+            } if sender == Some(pid) => Tidings::Failed(match is_directory {
+                true => spawn::bad_directory(&self.cwd, errno),
+                false => Failure::internal("the program's file", errno),
             }),
             Word::End(ended) if ended.pid == pid => Tidings::Ended(ended),
             // Of a process that the program has forked, for one.
-            Word::Ready(_) | Word::End(_) => Tidings::None,
+            Word::Ready(_) | Word::No { .. } | Word::End(_) => Tidings::None,
             Word::Gone => Tidings::Last,
         }
     }
