@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use libc::c_long;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, apply_filter_all_threads,
+    SeccompRule, apply_filter, apply_filter_all_threads,
 };
 
 /// What monitors call, and what the C library may call for them in other versions.
@@ -200,6 +200,13 @@ pub fn confine() -> Result<(), seccompiler::Error> {
     Ok(())
 }
 
+/// Whether a process can be confined here: tried on a thread that ends.
+pub fn try_out() -> Result<(), seccompiler::Error> {
+    let filter = filter()?;
+    let thread = std::thread::spawn(move || apply_filter(&filter));
+    thread.join().unwrap_or(Ok(()))
+}
+
 fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
     let argument = |index, operator, value| {
         let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, operator, value)?;
@@ -236,7 +243,7 @@ mod tests {
     fn what_is_not_needed_is_not_there() {
         // Of this thread alone, and what it starts.
         let confined = std::thread::spawn(|| {
-            seccompiler::apply_filter(&filter().unwrap()).unwrap();
+            apply_filter(&filter().unwrap()).unwrap();
             let gone = Some(libc::ENOSYS);
             let error = TcpStream::connect("127.0.0.1:9").unwrap_err();
             assert_eq!(error.raw_os_error(), gone);

@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::host::{self, KvmKind};
 use crate::sandbox::runtime_dir;
 use crate::sys::userfaultfd;
-use crate::{kvm, sandbox};
+use crate::{confinement, kvm, sandbox};
 
 /// `KVM_CAP_VM_TYPES`, and the bit in it for TDX (Linux uapi, asm/kvm.h).
 const CAP_VM_TYPES: libc::c_ulong = 235;
@@ -96,6 +96,7 @@ pub fn examine() -> Vec<Finding> {
             findings.push(Finding::fatal("kvm", found, "no sandbox can run", remedy));
         }
     }
+    findings.push(examine_confinement());
     findings.push(examine_userfaultfd());
     findings.push(examine_thp());
     findings.push(examine_hugetlb());
@@ -167,6 +168,18 @@ fn examine_tdx(kvm: &Kvm) -> Finding {
         "no confidential guests; everything else works",
         "an Intel processor with TDX turned on in the firmware, Linux 6.16 or later, kvm_intel.tdx=1",
     )
+}
+
+fn examine_confinement() -> Finding {
+    match confinement::try_out() {
+        Ok(()) => Finding::good("confinement", "monitors are confined by seccomp filters"),
+        Err(error) => Finding::fatal(
+            "confinement",
+            format!("a process cannot be confined: {error}"),
+            "no sandbox can run",
+            "a kernel with seccomp filters (CONFIG_SECCOMP_FILTER), and a container that lets them be set",
+        ),
+    }
 }
 
 fn examine_userfaultfd() -> Finding {
