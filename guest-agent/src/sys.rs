@@ -157,11 +157,13 @@ impl Image {
     }
 }
 
-/// Gives SIGPIPE its usual meaning, which Rust takes from it, and lets every signal through.
+/// Gives SIGPIPE its usual meaning, which Rust takes from it, and those that a shell takes from what runs in its background; lets every signal through.
 pub fn usual_signals() {
     // SAFETY: no handler is involved, and the mask is a valid, empty one.
     unsafe {
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        for signal in [libc::SIGPIPE, libc::SIGINT, libc::SIGQUIT] {
+            libc::signal(signal, libc::SIG_DFL);
+        }
         let mut mask = std::mem::zeroed();
         libc::sigemptyset(&raw mut mask);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const mask, std::ptr::null_mut());
