@@ -13,7 +13,8 @@ pub fn first_success() -> Result<(), Failed> {
     let host = Host::new()?;
     start(&host, "one")?;
     write(&host, "one", "/tmp/file", b"21")?;
-    let double = "n = int(open('/tmp/file').read()); open('/tmp/double', 'w').write(str(2 * n)); print(2 * n)";
+    // The first has ended by then.
+    let double = "import time; time.sleep(1); n = int(open('/tmp/file').read()); open('/tmp/double', 'w').write(str(2 * n)); print(2 * n)";
     let arguments = [
         "explore",
         "one",

@@ -147,8 +147,9 @@ impl Trial<'_> {
             .get_mut(index)
             .is_some_and(|place| place.take().is_none());
         match (was_cut_short, ended, read) {
+            (_, Some(Ok(ended)), _) => Ok(ended),
             (true, ..) => Err(given_up()),
-            (_, Some(ended), _) => ended,
+            (_, Some(Err(error)), _) => Err(error),
             (_, None, Err(error)) => Err(error),
             (_, None, Ok(())) => {
                 let message = "the child ended before its program did";
