@@ -41,7 +41,7 @@ const CALLS: [&str; 17] = [
 const WRITERS_OWN: &str = "close_range";
 /// What may happen to each.
 const WHATS: [What; 3] = [What::Full, What::Io, What::Kill];
-/// Snapshots that are taken of one sandbox before another takes its place: chains have a limit.
+/// Differences that are saved of one sandbox before another takes its place: chains have a limit.
 const DEPTH: usize = 24;
 
 fn main() -> ExitCode {
@@ -262,7 +262,7 @@ impl Stage {
         // Those that the booted sandbox survives come first.
         cases.sort_by_key(|(who, fault)| (*who, fault.what) == (Who::Monitor, What::Kill));
         for (who, fault) in cases {
-            if victim.taken >= DEPTH {
+            if kind == Kind::Restored && victim.taken >= DEPTH {
                 self.host.ok(&["rm", "--force", &victim.name])?;
                 victim = self.victim(kind)?;
             }
