@@ -277,25 +277,18 @@ impl Saved {
             host: host.number(),
             guest: guest.number(),
         };
-        let kept = self.kept.as_ref().map(|(host, guest, counts)| {
-            let [
-                buf_alloc,
-                forwarded,
-                forwarded_told,
-                sent,
-                peer_fwd_cnt,
-                peer_buf_alloc,
-            ] = *counts;
-            VsockConnectionState {
+        let kept = self
+            .kept
+            .as_ref()
+            .map(|(host, guest, counts)| VsockConnectionState {
                 ports: ports(&(*host, *guest)),
-                buf_alloc,
-                forwarded,
-                forwarded_told,
-                sent,
-                peer_fwd_cnt,
-                peer_buf_alloc,
-            }
-        });
+                buf_alloc: counts[0],
+                forwarded: counts[1],
+                forwarded_told: counts[2],
+                sent: counts[3],
+                peer_fwd_cnt: counts[4],
+                peer_buf_alloc: counts[5],
+            });
         VsockState {
             cid: if self.has_cid { CID } else { CID + 1 },
             next_host_port: self.next_host_port,

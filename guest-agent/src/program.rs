@@ -135,8 +135,6 @@ pub struct Program {
     warm: bool,
     /// Signals that wait until the copy is the program.
     early: Vec<Signal>,
-    /// That it is, is known.
-    is_heard: bool,
     /// Why it cannot run, where that is known only now.
     failure: Option<Failure>,
 }
@@ -172,7 +170,6 @@ impl Program {
             copy: None,
             warm: false,
             early: Vec::new(),
-            is_heard: false,
             failure: None,
         }
     }
@@ -271,7 +268,7 @@ impl Program {
 
     /// When a copy is surely its program.
     fn settled_at(&self) -> Option<Instant> {
-        self.copy.as_ref().map(Copy::is_settled_at)
+        self.copy.as_ref().map(Copy::settled_at)
     }
 
     /// Does what its time has come for.
@@ -436,9 +433,8 @@ impl Program {
     /// Sends a signal to the process group, unless its leader is gone: then its number may be
     /// another's by now. One that comes while a copy of an interpreter becomes the program waits for that.
     pub fn signal(&mut self, signal: Signal) {
-        let is_settling = signal != Signal::KILL
-            && !self.is_heard
-            && self.settled_at().is_some_and(|at| at > Instant::now());
+        let is_settling =
+            signal != Signal::KILL && self.settled_at().is_some_and(|at| at > Instant::now());
         if self.start.is_some() || is_settling {
             if !self.early.contains(&signal) {
                 self.early.push(signal);
@@ -449,9 +445,11 @@ impl Program {
         }
     }
 
-    /// Sends the signals that waited.
+    /// Sends the signals that waited: it is the program, or will not be.
     fn send_early(&mut self) {
-        self.is_heard = true;
+        if let Some(copy) = &mut self.copy {
+            copy.settle();
+        }
         for signal in std::mem::take(&mut self.early) {
             self.signal(signal);
         }

@@ -5,7 +5,7 @@
 //! library knows what to do; so does what the monitor starts.
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::c_long;
 use seccompiler::{
@@ -179,16 +179,16 @@ const CALLS: &[c_long] = &[
 const NAMESPACES: u64 = 0x7e02_0080;
 
 /// That this process is confined.
-static CONFINED: OnceLock<()> = OnceLock::new();
+static CONFINED: AtomicBool = AtomicBool::new(false);
 
 /// Whether this process is confined, and so what it starts.
 pub fn is_confined() -> bool {
-    CONFINED.get().is_some()
+    CONFINED.load(Ordering::Relaxed)
 }
 
 /// The process that has started this one is confined, and so is this one.
 pub fn inherit() {
-    CONFINED.get_or_init(|| ());
+    CONFINED.store(true, Ordering::Relaxed);
 }
 
 /// Confines this process for the rest of its life, unless it is already.

@@ -29,6 +29,7 @@ pub mod metrics;
 pub mod pagemap;
 pub mod pager;
 pub mod pool;
+pub mod proc_stat;
 pub mod process_memory;
 pub mod reaper;
 pub mod sandbox;

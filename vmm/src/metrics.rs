@@ -13,6 +13,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::pager::PagerStats;
+use crate::proc_stat::ProcStat;
 
 /// Part of an operation: from its beginning until the phase is over.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -161,11 +162,9 @@ impl Metrics {
 
 /// Faults of this process without and with input (proc_pid_stat(5), minflt and majflt); zeros where the host does not tell.
 fn host_faults() -> (u64, u64) {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // The second field may have anything in it, and ends with the last bracket.
-    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    let field = |number: usize| {
-        let field = fields.split_whitespace().nth(number - 3);
+    let stat = ProcStat::read(std::process::id());
+    let field = |number| {
+        let field = stat.as_ref().and_then(|stat| stat.field(number));
         field.and_then(|field| field.parse().ok()).unwrap_or(0)
     };
     (field(10), field(12))

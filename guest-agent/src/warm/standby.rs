@@ -318,7 +318,7 @@ impl Start {
         Copy {
             socket: self.socket,
             cwd: self.exec.cwd,
-            sent: Instant::now(),
+            settled_at: Instant::now() + SETTLED_AFTER,
         }
     }
 
@@ -340,8 +340,7 @@ pub struct Copy {
     socket: OwnedFd,
     /// Where its program was to run.
     cwd: Vec<u8>,
-    /// When it was sent its program.
-    sent: Instant,
+    settled_at: Instant,
 }
 
 /// What a copy that runs says.
@@ -362,9 +361,14 @@ impl Copy {
         self.socket.as_fd()
     }
 
-    /// When it surely is its program, whether or not that has been heard of.
-    pub fn is_settled_at(&self) -> Instant {
-        self.sent + SETTLED_AFTER
+    /// When it surely is its program.
+    pub fn settled_at(&self) -> Instant {
+        self.settled_at
+    }
+
+    /// It is its program.
+    pub fn settle(&mut self) {
+        self.settled_at = self.settled_at.min(Instant::now());
     }
 
     /// Hears what it says. The program may say it as well: then it has chosen its own end.

@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use super::lifecycle::{failed, living};
 use super::program::{Lang, variable};
 use super::{CliError, find_failed, print, status};
-use crate::control::client::{ClientError, ask_for_lines};
+use crate::control::client::{ClientError, Lines};
 use crate::control::types::{
     CodeLanguage, ExecBody, ExploreBody, ExploreEvent, ExploreResult, Keep,
 };
@@ -151,9 +151,9 @@ pub fn explore(args: &ExploreArgs) -> Result<u8, CliError> {
         name: args.name.clone(),
     };
     let socket = sandbox.paths.api_socket();
-    let explored = ask_for_lines(&socket, "/v1/explore", &body, PATIENCE, |event| {
-        told.take(event, args).map_err(Failure::Cli)
-    });
+    let explored = Lines::ask(&socket, "/v1/explore", &body, PATIENCE)
+        .map_err(Failure::from)
+        .and_then(|lines| lines.read(|event| told.take(event, args).map_err(Failure::Cli)));
     explored.map_err(|failure| match failure {
         Failure::Client(error) => failed(&sandbox, &error),
         Failure::Cli(error) => error,

@@ -92,18 +92,6 @@ pub fn ask_for_text(socket: &Path, path: &str, patience: Duration) -> Result<Str
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// Asks the sandbox at `socket` for what comes in lines, and has `each` see them as they come. Waits for the first at most
-/// `patience`.
-pub fn ask_for_lines<T: DeserializeOwned, E: From<ClientError>>(
-    socket: &Path,
-    path: &str,
-    body: &impl Serialize,
-    patience: Duration,
-    each: impl FnMut(T) -> Result<(), E>,
-) -> Result<(), E> {
-    Lines::ask(socket, path, body, patience)?.read(each)
-}
-
 /// An answer that comes in lines, of which none was read yet.
 pub struct Lines {
     stream: UnixStream,

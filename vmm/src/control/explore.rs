@@ -18,7 +18,7 @@ use base64::prelude::BASE64_STANDARD;
 use super::client::Lines;
 use super::exec::check;
 use super::http::Chunks;
-use super::routes::{Control, client_is_gone};
+use super::routes::{Control, TRIAL, client_is_gone};
 use super::types::{
     BranchRequest, BranchView, ChildView, EndedView, ErrorBody, ErrorCode, ExecBody, ExecEvent,
     ExploreBody, ExploreEvent, ExploreResult, Keep,
@@ -118,7 +118,7 @@ impl Trial<'_> {
     ) -> Result<EndedView, ErrorBody> {
         let given_up = || ErrorBody::new(ErrorCode::Conflict, "given up: another has won");
         let socket = SandboxPaths::new(runtime_dir().join(&child.id)).api_socket();
-        let lines = Lines::ask(&socket, "/v1/exec?trial=true", run, PATIENCE)?;
+        let lines = Lines::ask(&socket, &format!("/v1/exec?{TRIAL}"), run, PATIENCE)?;
         let handle = lines.stream().try_clone().map_err(|error| {
             let message = format!("cannot follow the program: {error}");
             ErrorBody::new(ErrorCode::Internal, message)

@@ -34,7 +34,7 @@ pub const OPENAPI: &str = include_str!("openapi.json");
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// What an exploration adds to the path of its requests.
-const TRIAL: &str = "trial=true";
+pub(super) const TRIAL: &str = "trial=true";
 /// How often a console that is followed is looked at.
 const FOLLOW_PAUSE: Duration = Duration::from_millis(100);
 /// What a forced end may take.

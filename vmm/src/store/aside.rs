@@ -14,6 +14,7 @@ use snapshot_fmt::digest::Digest;
 use super::error::io_error;
 use super::remove::{Removed, Tree};
 use super::{Draft, Store, StoreError};
+use crate::proc_stat::ProcStat;
 
 /// What the link's name starts with; the snapshot's id follows.
 const OWNED: &str = ".owner-";
@@ -29,12 +30,9 @@ pub struct Owner {
 impl Owner {
     /// The process `pid`, if it lives.
     pub fn of(pid: u32) -> Option<Self> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // A name may have anything in it, parentheses too.
-        let (_, rest) = stat.rsplit_once(')')?;
-        let fields: Vec<&str> = rest.split_whitespace().collect();
-        let is_dead = matches!(fields.first(), Some(&("Z" | "X")));
-        let began = fields.get(19)?.parse().ok()?;
+        let stat = ProcStat::read(pid)?;
+        let is_dead = matches!(stat.field(3)?, "Z" | "X");
+        let began = stat.field(22)?.parse().ok()?;
         (!is_dead).then_some(Self { pid, began })
     }
 
