@@ -107,6 +107,11 @@ impl EventLoop {
         Err(QuiesceError)
     }
 
+    /// Has the thread of a loop that stands still do `task`, without waiting for its end. A loop that runs again, or has ended, drops the task undone.
+    pub fn when_paused(&self, task: impl FnOnce() + Send + 'static) {
+        self.gate.when_parked(|()| task());
+    }
+
     /// Lets the loop go on. One that runs is left alone.
     pub fn resume(&self) {
         self.want(Wanted::Run);

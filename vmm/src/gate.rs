@@ -1,7 +1,11 @@
 //! Where a thread that serves a machine can be held: it passes here between two pieces of its work.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long to look for a thread that comes to rest, before it is slept for: to be woken takes as long.
+const SPIN: Duration = Duration::from_micros(50);
 
 /// What a thread is wanted to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +34,8 @@ struct State<T> {
 pub struct Gate<T> {
     state: Mutex<State<T>>,
     changed: Condvar,
+    /// What `parked` or `ended` last were, for who looks without the lock.
+    at_rest: AtomicBool,
 }
 
 impl<T> Default for Gate<T> {
@@ -42,6 +48,7 @@ impl<T> Default for Gate<T> {
                 task: None,
             }),
             changed: Condvar::new(),
+            at_rest: AtomicBool::new(false),
         }
     }
 }
@@ -63,6 +70,7 @@ impl<T> Gate<T> {
                 state = self.lock();
                 continue;
             }
+            self.at_rest.store(true, Ordering::Relaxed);
             self.changed.notify_all();
             state = self
                 .changed
@@ -82,6 +90,7 @@ impl<T> Gate<T> {
         let mut state = self.lock();
         state.ended = true;
         state.task = None;
+        self.at_rest.store(true, Ordering::Relaxed);
         self.changed.notify_all();
     }
 
@@ -95,6 +104,7 @@ impl<T> Gate<T> {
         if wanted == Wanted::Run {
             // A thread that still waits finds in `pass` that it may run on; the next pause must not take it for parked.
             state.parked = false;
+            self.at_rest.store(state.ended, Ordering::Relaxed);
         }
         nudge();
         self.changed.notify_all();
@@ -102,6 +112,10 @@ impl<T> Gate<T> {
 
     /// Waits until a pause that is wanted is there, or the thread has ended. False where neither is by `deadline`.
     pub fn wait_parked(&self, deadline: Instant) -> bool {
+        let spin_until = Instant::now() + SPIN;
+        while !self.at_rest.load(Ordering::Relaxed) && Instant::now() < spin_until {
+            std::hint::spin_loop();
+        }
         let mut state = self.lock();
         while !state.parked && !state.ended {
             let Some(rest) = deadline.checked_duration_since(Instant::now()) else {

@@ -5,9 +5,9 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 use snapshot_fmt::state::machine::MachineState;
@@ -18,11 +18,12 @@ use super::{Machine, RunState, StandStillError};
 use crate::devices::live::RewindDevicesError;
 use crate::devices::virtio::blk::Disk;
 use crate::devices::virtio::blk::stack::Backing;
-use crate::exit::ExitReason;
+use crate::exit::{ExitLatch, ExitReason};
 use crate::kvm::{KvmError, decoy::Decoy, platform};
-use crate::memory;
+use crate::memory::{self, GuestMemory};
 use crate::pager::{Pager, PagerError, Pages};
 use crate::sys::overlay::lay_zeros_over;
+use crate::vcpu::VcpuThread;
 use crate::vcpu::state::{self, VcpuStateError};
 
 /// Where a machine is to go back to.
@@ -103,7 +104,13 @@ pub enum Failure {
     /// A processor's thread is gone.
     #[error("vCPU {0} has ended")]
     Ended(usize),
+    /// The devices' thread is gone.
+    #[error("the event loop has ended")]
+    NoEventLoop,
 }
+
+/// How many pages have changed, and what brings them from then on.
+type Memory = (u64, Option<Arc<Pager>>);
 
 impl Machine {
     /// Takes the machine back to `moment`, and has it run from there, whether it was paused or not.
@@ -160,33 +167,51 @@ impl Machine {
             backings,
             dir,
         } = moment;
+        platform::restore(&self.vm, &state.platform)?;
+        let vcpus = self.begin_vcpus(&state);
         let mut pager = self.lock_pager();
-        let changed = match (pages, &*pager) {
-            (None, None) => 0,
-            (None, Some(pager)) => pager.rewind(&self.memory)?,
-            (Some(pages), _) => {
-                // What watches the pages that it brought has nothing to watch any more.
-                *pager = None;
-                *pager = Some(Arc::new(self.begin_again(pages)?));
-                memory::total_pages(&self.memory)
-            }
-        };
-        drop(pager);
+        let memory = self.begin_memory(pages, pager.take());
         if self.software {
             self.forget_shadows()?;
         }
-        self.load(&state, &backings, &dir)?;
+        let (changed, now) = memory.recv().map_err(|_| Failure::NoEventLoop)??;
+        *pager = now;
+        drop(pager);
+        // Before the devices: what they interrupt again must not be lost to a local APIC that is loaded after it.
+        for (id, vcpu) in vcpus.into_iter().enumerate() {
+            vcpu.recv().map_err(|_| Failure::Ended(id))??;
+        }
+        let link = self.devices.rewind(&state.devices, &backings, &dir)?;
+        *self.lock_agent_link() = link;
+        platform::restore_clock(&self.vm, &state.platform, None)?;
         Ok(changed)
     }
 
-    /// Has memory be what `pages` are.
-    fn begin_again(&self, pages: Pages) -> Result<Pager, Failure> {
-        for (_, slice) in memory::pages(&self.memory, 0, u64::MAX) {
-            lay_zeros_over(&slice)?;
-        }
-        let pager = Pager::start(pages, &self.memory, &self.exit)?;
-        pager.guest_starts()?;
-        Ok(pager)
+    /// Has the devices' thread, which has nothing else to do, take memory back, or have it be what `pages` are.
+    fn begin_memory(
+        &self,
+        pages: Option<Pages>,
+        pager: Option<Arc<Pager>>,
+    ) -> Receiver<Result<Memory, Failure>> {
+        let (sender, answer) = sync_channel(1);
+        let (memory, exit) = (Arc::clone(&self.memory), self.exit.clone());
+        self.event_loop.when_paused(move || {
+            let back = || match pages {
+                None => {
+                    let changed = pager.as_ref().map(|pager| pager.rewind(&memory));
+                    Ok((changed.unwrap_or(Ok(0))?, pager))
+                }
+                Some(pages) => {
+                    // What watches the pages that it brought has nothing to watch any more.
+                    drop(pager);
+                    let pager = begin_again(pages, &memory, &exit)?;
+                    Ok((memory::total_pages(&memory), Some(Arc::new(pager))))
+                }
+            };
+            // Nobody waits any more only where something else has failed.
+            let _ = sender.send(back());
+        });
+        answer
     }
 
     /// A KVM that shadows the guest's page tables takes its shadows for true as long as the guest itself writes to nothing that they were made of. Nobody tells it of
@@ -206,35 +231,28 @@ impl Machine {
         }
     }
 
-    /// Processors and devices.
-    fn load(
-        &self,
-        state: &Arc<MachineState>,
-        backings: &BTreeMap<usize, Backing>,
-        dir: &Path,
-    ) -> Result<(), Failure> {
-        platform::restore(&self.vm, &state.platform)?;
-        let answers: Vec<_> = self
-            .vcpus
-            .iter()
-            .enumerate()
-            .map(|(id, vcpu)| {
-                let (sender, answer) = sync_channel(1);
-                let state = Arc::clone(state);
-                vcpu.when_paused(move |vcpu| {
-                    let result = state.vcpus.get(id).map(|to| state::rewind(vcpu, to));
-                    // Nobody waits any more only where another has failed.
-                    let _ = sender.send(result.unwrap_or(Ok(())));
-                });
-                answer
-            })
-            .collect();
-        // Before the devices: what they interrupt again must not be lost to a local APIC that is loaded after it.
-        for (id, answer) in answers.into_iter().enumerate() {
-            answer.recv().map_err(|_| Failure::Ended(id))??;
-        }
-        let link = self.devices.rewind(&state.devices, backings, dir)?;
-        *self.lock_agent_link() = link;
-        Ok(platform::restore_clock(&self.vm, &state.platform, None)?)
+    /// Has the processors' threads load `state`, each its own.
+    fn begin_vcpus(&self, state: &Arc<MachineState>) -> Vec<Receiver<Result<(), VcpuStateError>>> {
+        let begin = |(id, vcpu): (usize, &VcpuThread)| {
+            let (sender, answer) = sync_channel(1);
+            let state = Arc::clone(state);
+            vcpu.when_paused(move |vcpu| {
+                let result = state.vcpus.get(id).map(|to| state::rewind(vcpu, to));
+                // Nobody waits any more only where another has failed.
+                let _ = sender.send(result.unwrap_or(Ok(())));
+            });
+            answer
+        };
+        self.vcpus.iter().enumerate().map(begin).collect()
     }
+}
+
+/// Has `memory` be what `pages` are.
+fn begin_again(pages: Pages, memory: &GuestMemory, exit: &ExitLatch) -> Result<Pager, Failure> {
+    for (_, slice) in memory::pages(memory, 0, u64::MAX) {
+        lay_zeros_over(&slice)?;
+    }
+    let pager = Pager::start(pages, memory, exit)?;
+    pager.guest_starts()?;
+    Ok(pager)
 }
