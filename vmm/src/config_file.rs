@@ -59,6 +59,9 @@ pub struct VmFile {
     /// How many they may be.
     #[serde(deserialize_with = "values::sandboxes")]
     pub tree_sandboxes: Option<u32>,
+    /// How many children programs of the guest may have made that are alive.
+    #[serde(deserialize_with = "values::sandboxes")]
+    pub guest_branch: Option<u32>,
     /// What each of them may keep of its drives for those that branch off it, in MiB: a number, or text such as `"2G"`.
     #[serde(deserialize_with = "values::memory")]
     pub drive_backup: Option<u64>,

@@ -71,6 +71,22 @@ pub fn by_a_script() -> Result<(), Failed> {
     wait_for(|| Ok(who().starts_with(b"child 1 ")))
 }
 
+/// What a guest is let make is in the file that describes it, and gets no more time than the guest has.
+pub fn for_a_time() -> Result<(), Failed> {
+    let host = Host::new()?;
+    let file = host.path().join("vm.toml");
+    std::fs::write(&file, "guest_branch = 1\ntimeout = '15s'\n")?;
+    host.ok(&["start", "--config", &file.to_string_lossy(), "one"])?;
+    let said = host.ok(&["exec", "one", "--", "bough", "branch"])?.stdout;
+    let Some(kid) = words(&said).get(1).copied() else {
+        return Err(format!("the parent says {said:?}").into());
+    };
+    // It would outlive its parent.
+    host.ok(&["rm", "--force", "one"])?;
+    host.expect_ls(&[(kid, "running")])?;
+    wait_for(|| Ok(host.ok(&["ls", "--quiet"])?.stdout.is_empty()))
+}
+
 /// Asks again and again, and is told each time.
 const LOOP: &str = "for i in 1 2 3; do bough branch >>/tmp/told 2>&1; echo $? >>/tmp/told; done; echo end >/tmp/end";
 

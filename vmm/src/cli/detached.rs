@@ -53,8 +53,8 @@ pub struct DetachedArgs {
     #[arg(long, value_name = "N")]
     pub tree_sandboxes: Option<u32>,
     /// Let programs of the guest make children of the sandbox (`bough branch`), at most N alive at a time; the children make none
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub guest_branch: u32,
+    #[arg(long, value_name = "N")]
+    pub guest_branch: Option<u32>,
     /// Keep at most this of what its writable drives were for those that branch off it, and each of those for theirs; beyond it the children that would need more lose their drives, and the
     /// sandbox writes on: MiB, or with M, G, T [default: as the file system of its directory has room]
     #[arg(long, value_name = "SIZE", value_parser = memory_mib)]

@@ -89,7 +89,7 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
         timeout_ms: args.timeout.map(millis),
         labels: args.detached.label.iter().cloned().collect(),
         budget: args.detached.budget(),
-        guest_branch: args.detached.guest_branch,
+        guest_branch: args.detached.guest_branch.unwrap_or(0),
         ask: None,
         number: 0,
         branch: None,
@@ -141,7 +141,7 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result<u8, CliError> {
         name: args.name.clone(),
         labels: args.detached.label.iter().cloned().collect(),
         budget: args.detached.budget(),
-        guest_branch: args.detached.guest_branch,
+        guest_branch: args.detached.guest_branch.unwrap_or(0),
         timeout: args.timeout,
         ..VmSpec::of_saved(&saved)
     };

@@ -31,7 +31,7 @@ pub fn start(args: &StartArgs, start: Instant) -> Result<u8, CliError> {
     let mut spec = args.vm.resolve()?;
     spec.name = args.name.clone().or(spec.name);
     spec.budget = args.detached.budget().or(spec.budget);
-    spec.guest_branch = args.detached.guest_branch;
+    spec.guest_branch = args.detached.guest_branch.unwrap_or(spec.guest_branch);
     spec.labels.extend(args.detached.label.iter().cloned());
     let source = Source::Boot(BootFiles::find(&spec)?);
     let launch = Launch {

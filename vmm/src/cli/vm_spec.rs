@@ -160,7 +160,7 @@ impl VmArgs {
                 sandboxes: file.tree_sandboxes,
                 drive_backup_mib: file.drive_backup,
             },
-            guest_branch: 0,
+            guest_branch: file.guest_branch.unwrap_or(0),
             cpus: self.cpus.or(file.cpus).unwrap_or(1),
             memory: self.memory.or(file.memory).unwrap_or(MEMORY_MIB),
             kernel,
