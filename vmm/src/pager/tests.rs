@@ -425,7 +425,7 @@ fn pages_that_have_not_arrived_are_not_saved() {
     // It is of the moment it was begun, while pages go on arriving.
     write(memory, 30, &content(2000));
     touch(memory, 450);
-    let summary = saved.finish(|| false).unwrap();
+    let (summary, _writer) = saved.finish(|| false).unwrap();
     assert_eq!((summary.data_pages, summary.zero_pages), (1, 1));
     // The child has had nothing brought.
     let after = restored.pager.stats();

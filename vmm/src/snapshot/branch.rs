@@ -24,6 +24,7 @@ use crate::agent::Agent;
 use crate::devices::virtio::blk::allowance::Allowance;
 use crate::machine::Machine;
 use crate::pager::Mode;
+use crate::sys::fork::Child;
 
 /// A machine's moment.
 pub struct Point {
@@ -37,6 +38,8 @@ pub struct Point {
     pub moment: u64,
     /// What that came to.
     pub summary: LayerSummary,
+    /// The process that has written the memory, which is waited for when this is dropped.
+    pub writer: Child,
     /// How long it took.
     pub times: Times,
 }
@@ -87,7 +90,7 @@ impl Freezing {
         state_file::write(&state, Path::new(STATE), &frozen.state)?;
         let disks = frozen.disks.into_iter().map(FrozenBacking::pack);
         let disks = disks.collect::<Result<_, _>>()?;
-        let summary = frozen
+        let (summary, writer) = frozen
             .memory
             .finish(is_given_up)
             .map_err(SnapshotError::Memory)?;
@@ -97,6 +100,7 @@ impl Freezing {
             disks,
             moment: frozen.moment,
             summary,
+            writer,
             times: frozen.clock.stop(),
         })
     }

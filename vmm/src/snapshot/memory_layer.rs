@@ -94,17 +94,20 @@ impl LayerInProgress {
                 .map_err(|error| error.to_string())
                 .and_then(|own| write(frozen, memory, own, path, lineage));
             let answer = result.map_or_else(Answer::Failed, Answer::Written);
-            let sent =
-                serde_json::to_vec(&answer).is_ok_and(|text| (&question).write_all(&text).is_ok());
+            let sent = serde_json::to_vec(&answer).is_ok_and(|mut line| {
+                line.push(b'\n');
+                (&question).write_all(&line).is_ok()
+            });
             u8::from(!sent)
         })?;
         Ok(Self { child, answer })
     }
 
-    /// Waits until the layer is written and on the disk, or until `is_given_up` says, which is asked now and then, that nobody wants it any more.
-    pub fn finish(mut self, is_given_up: impl Fn() -> bool) -> io::Result<LayerSummary> {
-        let mut text = Vec::new();
-        loop {
+    /// Waits until the layer is written and on the disk, or until `is_given_up` says, which is asked now and then, that nobody wants it any more. Returns the
+    /// process that has written it as well, which is ending, and is waited for when it is dropped: to take its memory down takes it a millisecond.
+    pub fn finish(mut self, is_given_up: impl Fn() -> bool) -> io::Result<(LayerSummary, Child)> {
+        let mut line = Vec::new();
+        while !line.ends_with(b"\n") {
             let mut fds = [PollFd::new(&self.answer, PollFlags::IN)];
             match poll(&mut fds, Some(&GIVEN_UP_PAUSE)) {
                 Ok(0) if is_given_up() => {
@@ -117,14 +120,13 @@ impl LayerInProgress {
             let mut piece = [0; 1024];
             match self.answer.read(&mut piece)? {
                 0 => break,
-                len => text.extend_from_slice(&piece[..len]),
+                len => line.extend_from_slice(&piece[..len]),
             }
         }
-        let status = self.child.wait()?;
-        match serde_json::from_slice(&text) {
-            Ok(Answer::Written(summary)) => Ok(summary),
+        match serde_json::from_slice(&line) {
+            Ok(Answer::Written(summary)) => Ok((summary, self.child)),
             Ok(Answer::Failed(why)) => Err(io::Error::other(why)),
-            Err(_) => Err(io::Error::other(match status {
+            Err(_) => Err(io::Error::other(match self.child.wait()? {
                 Some(status) => {
                     format!("the process that wrote the memory ended with status {status}")
                 }
@@ -212,7 +214,7 @@ mod tests {
     fn save(memory: &GuestMemory, lineage: Lineage<'_>) -> (Layer, LayerSummary) {
         let file = tempfile::NamedTempFile::new().unwrap();
         let layer = LayerInProgress::begin(memory, file.as_file(), file.path(), lineage).unwrap();
-        let summary = layer.finish(|| false).unwrap();
+        let (summary, _) = layer.finish(|| false).unwrap();
         (
             Layer::open(file.reopen().unwrap(), file.path()).unwrap(),
             summary,

@@ -236,7 +236,7 @@ fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
         of_disks.push(entry(&disk_layer(drive), layer.bytes, layer.digest));
         disks.push(moment);
     }
-    let memory = frozen
+    let (memory, _writer) = frozen
         .memory
         .finish(order.is_given_up)
         .map_err(SnapshotError::Memory)?;

@@ -14,6 +14,7 @@ use vm_memory::bitmap::BitmapSlice;
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 
 /// A forked child, which is killed and reaped when this is dropped.
+#[derive(Debug)]
 pub struct Child {
     pidfd: OwnedFd,
     ended: bool,
