@@ -288,6 +288,7 @@ impl World {
             return false;
         };
         assert_eq!(host.is_some(), state.kept);
+        lane.give_seed().expect("random bytes");
         let lane = Arc::new(Mutex::new(lane));
         self.events = EventManager::new().expect("an event loop");
         self.events.add_subscriber(Arc::clone(&lane) as Subscriber);

@@ -26,6 +26,7 @@ use crate::cgroup::{Cgroup, Cgroups};
 use crate::failure::Failure;
 use crate::files::{self, Layers, Task};
 use crate::identity::Identity;
+use crate::lane::Lane;
 use crate::output::Output;
 use crate::program::Program;
 use crate::restored::{self, Prepared};
@@ -475,7 +476,9 @@ impl Connection {
                 "this agent is not PID 1 and cannot change the guest's clock",
             ));
         }
-        restored::restored(restored, context.prepared)?;
+        let lane = self.wire().and_then(Wire::lane);
+        let is_seeded = lane.is_some_and(Lane::is_seeded);
+        restored::restored(restored, is_seeded, context.prepared)?;
         *context.is_restored = true;
         context.branching.restored(restored.child.as_ref());
         self.output.push(id, Kind::Done(Done {}));

@@ -59,6 +59,15 @@ const HOST_STATE: usize = 0x0c;
 /// The guest goes on from a snapshot, and the stream does not.
 const LOST: u32 = 2;
 
+/// The word with the state of the random bytes that the host gives to a guest that goes on from a snapshot, before that executes anything.
+const SEED_STATE: usize = 0x80;
+/// They are there: who draws a number next draws by them.
+const SEED_NEW: u32 = 1;
+/// They were there, and the kernel has taken them.
+const SEED_TAKEN: u32 = 2;
+/// The kernel's word, which is 1 where it looks for them.
+const SEED_WATCHED: usize = 0x84;
+
 /// An open lane.
 pub struct Lane(Window);
 
@@ -162,6 +171,17 @@ impl Lane {
     /// Whether the stream was lost, rather than ended.
     pub fn is_lost(&self) -> bool {
         self.state() == LOST
+    }
+
+    /// Whether the host has given the guest random bytes since this was asked last, so that no number is drawn that a copy of it draws.
+    pub fn is_seeded(&self) -> bool {
+        let state = self.word(SEED_STATE);
+        // Not in two steps: between them the guest may have been copied, and the copy have a new one.
+        let (taken, next) = (Ordering::AcqRel, Ordering::Acquire);
+        match state.compare_exchange(SEED_TAKEN, 0, taken, next) {
+            Ok(_) => true,
+            Err(state) => state == SEED_NEW && self.word(SEED_WATCHED).load(Ordering::Relaxed) == 1,
+        }
     }
 
     /// Which of `wanted` could be done now.
@@ -288,6 +308,19 @@ mod tests {
         lane.set(TO_HOST.tail, 7);
         assert_eq!(lane.ready(PollFlags::OUT), PollFlags::OUT);
         assert_eq!(lane.write(&bytes), Ok(7));
+    }
+
+    #[test]
+    fn a_seed_is_taken_once() {
+        let lane = lane();
+        lane.set(SEED_STATE, SEED_NEW);
+        // This kernel does not know of it.
+        assert!(!lane.is_seeded());
+        lane.set(SEED_WATCHED, 1);
+        assert!(lane.is_seeded());
+        lane.set(SEED_STATE, SEED_TAKEN);
+        assert!(lane.is_seeded());
+        assert!(!lane.is_seeded());
     }
 
     #[test]

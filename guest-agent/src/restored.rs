@@ -96,15 +96,21 @@ fn write_id(file: BorrowedFd<'_>, id: &str) -> Result<(), Errno> {
     }
 }
 
-/// Does what the request says.
+/// Does what the request says, but for random numbers where the kernel `is_seeded` with others already.
 ///
 /// # Errors
 /// A field that cannot be, by name, or a system call that failed. The guest is not to be used then.
-pub fn restored(request: &Restored, prepared: &mut Prepared) -> Result<(), Failure> {
+pub fn restored(
+    request: &Restored,
+    is_seeded: bool,
+    prepared: &mut Prepared,
+) -> Result<(), Failure> {
     let time = check(request).map_err(|what| Failure::new(ErrorCode::InvalidArgument, what))?;
 
-    sys::reseed(prepared.random()?, &request.entropy)
-        .map_err(|errno| Failure::internal("add entropy to /dev/urandom", errno))?;
+    if !is_seeded {
+        sys::reseed(prepared.random()?, &request.entropy)
+            .map_err(|errno| Failure::internal("add entropy to /dev/urandom", errno))?;
+    }
     if !is_right(now(), time) {
         clock_settime(ClockId::Realtime, time)
             .map_err(|errno| Failure::internal("clock_settime", errno))?;

@@ -177,18 +177,9 @@ pub fn usual_signals() {
 /// Those of random(4); `EINVAL` for more bytes than fit in a request.
 pub fn reseed(device: BorrowedFd<'_>, bytes: &[u8]) -> Result<(), Errno> {
     // From <linux/random.h>.
-    // Of our kernel (tools/kernel/patches/0034): half of the bytes are for its key, half for later ones.
-    const RNDFORK: libc::Ioctl = 0x4040_5208;
     const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
     const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
 
-    if let Ok(own) = <&[u8; 64]>::try_from(bytes) {
-        // SAFETY: the kernel reads 64 bytes, which is what its argument has.
-        if unsafe { libc::ioctl(device.as_raw_fd(), RNDFORK, own.as_ptr()) } == 0 {
-            return Ok(());
-        }
-    }
-    // Any kernel: to extract a new key takes a software KVM six milliseconds.
     let size = i32::try_from(bytes.len()).map_err(|_| Errno::INVAL)?;
     let bits = size.checked_mul(8).ok_or(Errno::INVAL)?;
     // struct rand_pool_info: how many random bits, how many bytes, the bytes.

@@ -27,6 +27,7 @@ use tests::test;
 fn main() -> ExitCode {
     tests::main(vec![
         test("a_program_goes_on_in_every_child", Guest, children::go_on),
+        test("no_number_is_drawn_twice", Guest, children::draw),
         test("a_script_branches_itself", Guest, asked::by_a_script),
         test("what_a_script_makes_ends_in_time", Guest, asked::for_a_time),
         test("who_waits_is_told", Guest, asked::waiting),

@@ -292,6 +292,7 @@ pub fn build(
         for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
             vcpu::state::restore_msrs(vcpu, state)?;
         }
+        live.give_seed()?;
         platform::restore_clock(&vm, &state.platform, moment)?;
     }
     if let Some(pager) = &pager {

@@ -6,7 +6,7 @@ use libtest_mimic::Failed;
 use rustix::process::Signal;
 use tests::sandboxes::{Host, is_alive, process_state, signal, wait_for};
 
-use crate::guest::{SHAPE, python, read, remove, start, wait_for_growth, words, write};
+use crate::guest::{GOES_ON, SHAPE, python, read, remove, start, wait_for_growth, words, write};
 
 /// A program that counts, and draws a random number for each count.
 pub const COUNT: &str = "
@@ -26,9 +26,29 @@ print(os.uname().nodename, uuid.uuid4(), random.getrandbits(64))
 print(open('/etc/machine-id').read())
 ";
 
-/// The numbers that the program of [`COUNT`] has drawn.
-pub fn drawn(host: &Host, name: &str) -> Result<Vec<u64>, Failed> {
-    let bytes = read(host, name, "/tmp/count")?;
+/// Where that has its numbers.
+pub const COUNTED: &str = "/tmp/count";
+
+/// A program that draws a number as soon as it sees that it has stood still, and writes down when that was.
+const DRAW: &str = "
+def draw():
+    os.setpriority(os.PRIO_PROCESS, 0, -20)
+    n = words('/tmp/drawn', 16)
+    last = time.monotonic_ns()
+    while n[0] < 4000:
+        now = time.monotonic_ns()
+        if now - last > 2_000_000:
+            n[2 * n[0] + 2] = now
+            n[2 * n[0] + 3] = int.from_bytes(os.urandom(8), 'little')
+            n[0] += 1
+            now = time.monotonic_ns()
+        last = now
+go_on(draw)
+";
+
+/// The numbers that a program has drawn.
+pub fn drawn(host: &Host, name: &str, path: &str) -> Result<Vec<u64>, Failed> {
+    let bytes = read(host, name, path)?;
     let words: Vec<_> = bytes
         .chunks_exact(8)
         .filter_map(|word| word.first_chunk().copied().map(u64::from_le_bytes))
@@ -38,19 +58,28 @@ pub fn drawn(host: &Host, name: &str) -> Result<Vec<u64>, Failed> {
 }
 
 /// How many numbers both have from the first on.
-pub fn common(a: &[u64], b: &[u64]) -> usize {
+pub fn common<T: PartialEq>(a: &[T], b: &[T]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-/// Parent and children have drawn the same numbers until one moment, and others from then on. A number that was being drawn at that moment may be the
-/// same in some: the guest's agent makes them others, and other programs run before it is through.
+/// How many numbers the first of `series` has in common with each of the others: the same number with all, or none is returned.
+fn parted_at(series: &[Vec<u64>]) -> Result<usize, Failed> {
+    let (first, others) = series.split_first().ok_or("nobody")?;
+    let moments: HashSet<_> = others.iter().map(|other| common(first, other)).collect();
+    match Vec::from_iter(&moments)[..] {
+        [moment] => Ok(*moment),
+        _ => Err(format!("they parted at {moments:?}, not at one moment").into()),
+    }
+}
+
+/// Parent and children have drawn the same numbers until one moment, and others from then on.
 pub fn go_on() -> Result<(), Failed> {
     let host = Host::new()?;
     start(&host, "one")?;
     python(&host, "one", COUNT)?;
     write(&host, "one", "/tmp/file", b"written before")?;
     wait_for(|| Ok(words(&host, "one", "/tmp/count")?[0] > 2))?;
-    let before = drawn(&host, "one")?.len();
+    let before = drawn(&host, "one", COUNTED)?.len();
     let names = host.ok(&["branch", "one", "kid", "-n", "3"])?;
     names.expect_stdout("kid-1\nkid-2\nkid-3\n")?;
     let all = ["one", "kid-1", "kid-2", "kid-3"];
@@ -61,16 +90,11 @@ pub fn go_on() -> Result<(), Failed> {
             return Err(format!("{name} has another file").into());
         }
         write(&host, name, "/tmp/file", name.as_bytes())?;
-        series.push(drawn(&host, name)?);
+        series.push(drawn(&host, name, COUNTED)?);
     }
-    let (first, others) = series.split_first().ok_or("nobody")?;
-    let moments: HashSet<_> = others.iter().map(|other| common(first, other)).collect();
-    let (first, last) = (moments.iter().min(), moments.iter().max());
-    let (Some(&first), Some(&last)) = (first, last) else {
-        return Err("no children".into());
-    };
-    if first < before || last > first + 1 {
-        return Err(format!("they parted at {moments:?}, not at one count from {before}").into());
+    let parted = parted_at(&series)?;
+    if parted < before {
+        return Err(format!("they parted at {parted}, before they were there: {before}").into());
     }
     let mut seen = HashSet::new();
     for name in all {
@@ -89,6 +113,36 @@ pub fn go_on() -> Result<(), Failed> {
     }
     remove(&host, &all)?;
     host.expect_ls(&[])
+}
+
+/// A program that draws a number at once draws none that it draws in another child: before the guest's agent has been told that it is another.
+pub fn draw() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "one")?;
+    let code = format!("{GOES_ON}{DRAW}");
+    // Before all others, as root may be.
+    host.ok(&["exec", "one", "-u", "root", "--lang", "python", "-c", &code])?;
+    wait_for(|| Ok(words(&host, "one", "/tmp/drawn")?[0] > 0))?;
+    host.ok(&["branch", "one", "kid", "-n", "3"])?;
+    let mut drawn = Vec::new();
+    for name in ["one", "kid-1", "kid-2", "kid-3"] {
+        wait_for_growth(&host, name, "/tmp/drawn", 1)?;
+        let bytes = read(&host, name, "/tmp/drawn")?;
+        let pairs = bytes.chunks_exact(16).map(<[u8]>::to_vec);
+        drawn.push(pairs.skip(1).collect::<Vec<_>>());
+    }
+    // What was drawn at the same time was drawn before they parted.
+    let common = |other: &Vec<_>| drawn.first().map_or(0, |first| common(first, other));
+    let before = drawn.iter().skip(1).map(common).max().unwrap_or(0);
+    let mut seen = HashSet::new();
+    let own = drawn.iter().flat_map(|pairs| pairs.iter().skip(before));
+    for number in own.filter_map(|pair| pair.get(8..)) {
+        if number != [0; 8] && !seen.insert(number) {
+            let number = number.escape_ascii();
+            return Err(format!("{number} was drawn by two").into());
+        }
+    }
+    remove(&host, &["one", "kid-1", "kid-2", "kid-3"])
 }
 
 /// Each generation has the memory of those before it and its own.

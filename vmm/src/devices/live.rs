@@ -85,6 +85,12 @@ impl LiveDevices {
         }
     }
 
+    /// Gives the guest random bytes that no other of its kin has, now that its memory is there, and before it executes anything. One without a lane is told later, by its agent's host.
+    pub fn give_seed(&self) -> Result<(), LaneError> {
+        let lane = self.lane.as_ref();
+        lane.map_or(Ok(()), |lane| lock(lane).give_seed())
+    }
+
     /// Makes them what they were when they were [saved](Self::save), under the same conditions. Clients lose their connections; returns the host's end of the
     /// one that the guest's agent had, if that goes on. Where it fails, they are neither what they were nor what they are to be.
     ///

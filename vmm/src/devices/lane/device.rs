@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use rustix::io::Errno;
 use thiserror::Error;
 use vm_memory::{ReadVolatile, VolatileMemoryError, WriteVolatile};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -57,6 +58,9 @@ pub enum LaneError {
     /// No events or streams for it.
     #[error("cannot make the lane's events: {0}")]
     Events(#[from] io::Error),
+    /// The host has no random bytes for its guest.
+    #[error("no random bytes for the guest: {0}")]
+    NoSeed(Errno),
     /// A saved state that no lane can have had.
     #[error("the saved lane: {0}; the snapshot is damaged")]
     Saved(&'static str),

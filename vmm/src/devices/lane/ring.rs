@@ -22,8 +22,17 @@ pub const HOST_WANTS: usize = 0x08;
 pub const HOST_STATE: usize = 0x0c;
 /// The guest's word: what it waits for.
 pub const GUEST_WANTS: usize = 0x48;
-/// Bytes of the window with words in them.
+/// Bytes of the window with a stream's words in them.
 const HEAD_BYTES: usize = 0x80;
+
+/// The host's word, until the guest's kernel has taken the seed: whether it is there.
+const SEED_STATE: usize = 0x80;
+/// The seed is there, in [`SEED_STATE`].
+const SEED_NEW: u32 = 1;
+/// Where the seed is.
+const SEED: usize = 0xc0;
+/// Bytes of the seed.
+pub const SEED_BYTES: usize = 64;
 
 /// Wanted: bytes.
 pub const WANTS_DATA: u32 = 1;
@@ -102,6 +111,13 @@ impl<'a> Window<'a> {
     pub fn set(&self, word: usize, value: u32) {
         // Every word is within the window.
         let _ = self.0.store(value, word, Ordering::Release);
+    }
+
+    /// Gives the guest random bytes that no copy of it has. It executes nothing meanwhile.
+    pub fn put_seed(&self, seed: &[u8; SEED_BYTES]) {
+        // All of it is within the window.
+        let _ = self.0.write_slice(seed, SEED);
+        self.set(SEED_STATE, SEED_NEW);
     }
 
     /// Says what the host waits for; what it looks at after that, the guest's doorbell need not tell.

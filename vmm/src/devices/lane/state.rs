@@ -2,9 +2,10 @@
 
 use std::os::unix::net::UnixStream;
 
+use rustix::rand::{GetRandomFlags, getrandom};
 use snapshot_fmt::state::lane::LaneState;
 
-use super::ring::{TO_GUEST, TO_HOST};
+use super::ring::{SEED_BYTES, TO_GUEST, TO_HOST};
 use super::{Lane, LaneError};
 use crate::sys::unread::is_silent;
 
@@ -53,5 +54,16 @@ impl Lane {
         self.interrupts_again = !state.open && state.frame != 0;
         self.ring_own_doorbell();
         Ok(host)
+    }
+
+    /// Gives the guest random bytes of its own, now that its memory is there, and before it executes anything.
+    pub fn give_seed(&self) -> Result<(), LaneError> {
+        let Some(window) = self.window() else {
+            return Ok(());
+        };
+        let mut seed = [0; SEED_BYTES];
+        getrandom(&mut seed[..], GetRandomFlags::empty()).map_err(LaneError::NoSeed)?;
+        window.put_seed(&seed);
+        Ok(())
     }
 }

@@ -156,6 +156,7 @@ fn restored(old: Guest, state: &LaneState) -> (Guest, Option<UnixStream>, EventF
     let mut lane = Lane::new(config(&dir), Arc::clone(&memory), irq_of_lane, told).unwrap();
     let host = lane.load(state).unwrap();
     assert_eq!(&lane.save(), state);
+    lane.give_seed().unwrap();
     let mut guest = Guest::with(lane, memory, irq, dir);
     guest.run();
     (guest, host, spoken)
@@ -189,6 +190,33 @@ fn a_stream_at_rest_goes_on_unnoticed() {
     drop(host);
     guest.run();
     assert_eq!(guest.state(), ENDED);
+}
+
+#[test]
+fn each_copy_finds_another_seed() {
+    let seed = |guest: &Guest| {
+        assert_eq!(guest.word(0x80), 1);
+        let words = (0..8).map(|word| guest.word(0xc0 + 8 * word));
+        words.collect::<Vec<_>>()
+    };
+    let mut guest = Guest::new();
+    guest.open();
+    assert_eq!(guest.word(0x80), 0);
+    let mut seeds = Vec::new();
+    for _ in 0..2 {
+        let state = saved(&guest);
+        (guest, _, _) = restored(guest, &state);
+        seeds.push(seed(&guest));
+        // A new stream leaves it alone.
+        guest.open();
+        assert_eq!(seeds.last(), Some(&seed(&guest)));
+    }
+    assert_ne!(seeds[0], seeds[1]);
+    // Without a driver nothing is written.
+    guest.set_register(0x08, 0);
+    let state = saved(&guest);
+    let (guest, _, _) = restored(guest, &state);
+    assert_eq!(Some(&seed(&guest)), seeds.last());
 }
 
 #[test]
