@@ -65,6 +65,8 @@ const SEED_STATE: usize = 0x80;
 const SEED_NEW: u32 = 1;
 /// They were there, and the kernel has taken them.
 const SEED_TAKEN: u32 = 2;
+/// They are there, and the kernel is taking them: whoever draws waits for it.
+const SEED_BUSY: u32 = 3;
 /// The kernel's word, which is 1 where it looks for them.
 const SEED_WATCHED: usize = 0x84;
 
@@ -180,7 +182,8 @@ impl Lane {
         let (taken, next) = (Ordering::AcqRel, Ordering::Acquire);
         match state.compare_exchange(SEED_TAKEN, 0, taken, next) {
             Ok(_) => true,
-            Err(state) => state == SEED_NEW && self.word(SEED_WATCHED).load(Ordering::Relaxed) == 1,
+            Err(SEED_NEW | SEED_BUSY) => self.word(SEED_WATCHED).load(Ordering::Relaxed) == 1,
+            Err(_) => false,
         }
     }
 
