@@ -10,8 +10,8 @@ use crate::guest::{GOES_ON, SHAPE, python, read, remove, start, wait_for_growth,
 
 /// A program that counts, and draws a random number for each count.
 pub const COUNT: &str = "
+n = words('/tmp/count', 8)
 def count():
-    n = words('/tmp/count', 8)
     while n[0] < 4000:
         n[n[0] + 2] = int.from_bytes(os.urandom(8), 'little')
         n[0] += 1
@@ -31,9 +31,9 @@ pub const COUNTED: &str = "/tmp/count";
 
 /// A program that draws a number as soon as it sees that it has stood still, and writes down when that was.
 const DRAW: &str = "
+n = words('/tmp/drawn', 16)
 def draw():
     os.setpriority(os.PRIO_PROCESS, 0, -20)
-    n = words('/tmp/drawn', 16)
     last = time.monotonic_ns()
     while n[0] < 4000:
         now = time.monotonic_ns()

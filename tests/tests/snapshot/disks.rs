@@ -65,11 +65,11 @@ pub fn one_moment() -> Result<(), Failed> {
     .concat())?;
     let writer = "
 PAGES = 16
+shown = words('/tmp/passes', 1)
 def write():
     disk = os.open('/dev/vda', os.O_RDWR | os.O_DIRECT)
     page = mmap.mmap(-1, 4096)
     word = memoryview(page).cast('Q')
-    shown = words('/tmp/passes', 1)
     passes = 0
     while True:
         passes += 1

@@ -12,8 +12,8 @@ pub fn copies() -> Result<(), Failed> {
     let host = Host::new()?;
     start(&host, "one")?;
     let count = "
+n = words('/tmp/count', 1)
 def count():
-    n = words('/tmp/count', 1)
     while True:
         n[0] += 1
         time.sleep(.1)
@@ -43,9 +43,9 @@ pub fn one_moment() -> Result<(), Failed> {
 PAGES = 256
 STEP = 4096 // 8
 def writer(own, other):
+    mine, theirs = words(f'/tmp/{own}', PAGES + 1), words(f'/tmp/{other}', PAGES + 1)
     def work():
         os.sched_setaffinity(0, [own])
-        mine, theirs = words(f'/tmp/{own}', PAGES + 1), words(f'/tmp/{other}', PAGES + 1)
         generation, seen = 0, 0
         while True:
             generation += 1

@@ -9,7 +9,8 @@ use tests::sandboxes::{Host, wait_for};
 /// What every sandbox of these tests is started with.
 pub const SHAPE: [&str; 4] = ["--cpus", "2", "--warm", "python:mmap,random,uuid"];
 
-/// What a program begins with that goes on after whoever started it, which has mapped a file: so it works without any system call, and shows how.
+/// What a program begins with that goes on after whoever started it, which has mapped a file: so it works without any system call, and shows how. It maps that
+/// before it goes on, so that the file is there when whoever started it is told.
 pub const GOES_ON: &str = "
 import mmap, os, time
 def words(path, pages):
