@@ -26,9 +26,6 @@ print(os.uname().nodename, uuid.uuid4(), random.getrandbits(64))
 print(open('/etc/machine-id').read())
 ";
 
-/// Where that has its numbers.
-pub const COUNTED: &str = "/tmp/count";
-
 /// A program that draws a number as soon as it sees that it has stood still, and writes down when that was.
 const DRAW: &str = "
 n = words('/tmp/drawn', 16)
@@ -46,9 +43,9 @@ def draw():
 go_on(draw)
 ";
 
-/// The numbers that a program has drawn.
-pub fn drawn(host: &Host, name: &str, path: &str) -> Result<Vec<u64>, Failed> {
-    let bytes = read(host, name, path)?;
+/// The numbers that the program of [`COUNT`] has drawn.
+pub fn drawn(host: &Host, name: &str) -> Result<Vec<u64>, Failed> {
+    let bytes = read(host, name, "/tmp/count")?;
     let words: Vec<_> = bytes
         .chunks_exact(8)
         .filter_map(|word| word.first_chunk().copied().map(u64::from_le_bytes))
@@ -79,7 +76,7 @@ pub fn go_on() -> Result<(), Failed> {
     python(&host, "one", COUNT)?;
     write(&host, "one", "/tmp/file", b"written before")?;
     wait_for(|| Ok(words(&host, "one", "/tmp/count")?[0] > 2))?;
-    let before = drawn(&host, "one", COUNTED)?.len();
+    let before = drawn(&host, "one")?.len();
     let names = host.ok(&["branch", "one", "kid", "-n", "3"])?;
     names.expect_stdout("kid-1\nkid-2\nkid-3\n")?;
     let all = ["one", "kid-1", "kid-2", "kid-3"];
@@ -90,7 +87,7 @@ pub fn go_on() -> Result<(), Failed> {
             return Err(format!("{name} has another file").into());
         }
         write(&host, name, "/tmp/file", name.as_bytes())?;
-        series.push(drawn(&host, name, COUNTED)?);
+        series.push(drawn(&host, name)?);
     }
     let parted = parted_at(&series)?;
     if parted < before {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 use tests::sandboxes::{Host, wait_for};
 
-use crate::children::{COUNT, COUNTED, IDENTITY, common, drawn};
+use crate::children::{COUNT, IDENTITY, common, drawn};
 use crate::guest::{python, read, start, wait_for_growth, words, write};
 
 /// A child goes back to the moment at which it branched off, as often as it is told to, and lives on differently each time.
@@ -16,14 +16,14 @@ pub fn again_and_again() -> Result<(), Failed> {
     python(&host, "one", COUNT)?;
     wait_for(|| Ok(words(&host, "one", "/tmp/count")?[0] > 2))?;
     write(&host, "one", "/tmp/file", b"written before")?;
-    let before = drawn(&host, "one", COUNTED)?.len();
+    let before = drawn(&host, "one")?.len();
     host.ok(&["branch", "one", "kid"])?;
     let pid = host.pid("kid")?;
     let mut lives: Vec<Vec<u64>> = Vec::new();
     let mut seen = HashSet::new();
     for life in 0..2 {
         wait_for_growth(&host, "kid", "/tmp/count", 2)?;
-        let numbers = drawn(&host, "kid", COUNTED)?;
+        let numbers = drawn(&host, "kid")?;
         for other in &lives {
             let parted = common(other, &numbers);
             if parted < before || parted + 1 >= numbers.len() {

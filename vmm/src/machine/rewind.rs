@@ -15,7 +15,6 @@ use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
 
 use super::{Machine, RunState, StandStillError};
-use crate::devices::lane::LaneError;
 use crate::devices::live::RewindDevicesError;
 use crate::devices::virtio::blk::Disk;
 use crate::devices::virtio::blk::stack::Backing;
@@ -96,9 +95,6 @@ pub enum Failure {
     /// Devices.
     #[error(transparent)]
     Devices(#[from] RewindDevicesError),
-    /// One of them has no random bytes for the guest.
-    #[error(transparent)]
-    Lane(#[from] LaneError),
     /// What processors share.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -187,7 +183,7 @@ impl Machine {
         }
         let link = self.devices.rewind(&state.devices, &backings, &dir)?;
         *self.lock_agent_link() = link;
-        self.devices.give_seed()?;
+        self.devices.give_seed().map_err(RewindDevicesError::from)?;
         platform::restore_clock(&self.vm, &state.platform, None)?;
         Ok(changed)
     }
