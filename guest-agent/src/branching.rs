@@ -6,13 +6,13 @@
 //!
 //! Said to the agent: a line, `branch COUNT`. The answer: a line that begins with `parent`, `child` or `error`, and the end.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-
 use guest_agent::proto::{BranchWanted, Branched, Child};
 use rustix::io::{Errno, read, write};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
 };
+
+use crate::epoll::Watched;
 
 /// The name of the socket, in the abstract namespace (unix(7)): every program may connect, and none needs a directory for it.
 pub const SOCKET: &[u8] = b"bough/branch";
@@ -39,14 +39,14 @@ enum State {
 struct Client {
     /// Its number, and that of what it asks.
     ask: u64,
-    socket: OwnedFd,
+    socket: Watched,
     state: State,
 }
 
 /// Those who ask.
 #[derive(Default)]
 pub struct Branching {
-    listener: Option<OwnedFd>,
+    listener: Option<Watched>,
     clients: Vec<Client>,
     last: u64,
     /// What the host is being asked, whether or not anybody waits for it still.
@@ -63,21 +63,20 @@ impl Branching {
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         bind(&socket, &SocketAddrUnix::new_abstract_name(SOCKET)?)?;
         listen(&socket, BACKLOG)?;
-        self.listener = Some(socket);
+        self.listener = Some(socket.into());
         Ok(())
     }
 
-    /// Where programs connect, while there is room for more.
-    pub fn listener(&self) -> Option<&OwnedFd> {
-        self.listener
-            .as_ref()
-            .filter(|_| self.clients.len() < MAX_CLIENTS)
+    /// Where programs connect, and whether there is room for more.
+    pub fn listener(&self) -> Option<(&Watched, bool)> {
+        let has_room = self.clients.len() < MAX_CLIENTS;
+        self.listener.as_ref().map(|listener| (listener, has_room))
     }
 
     /// Those who ask, with their numbers; each has something to say, or is gone, when it can be read from.
-    pub fn clients(&self) -> impl Iterator<Item = (u64, BorrowedFd<'_>)> {
+    pub fn clients(&self) -> impl Iterator<Item = (u64, &Watched)> {
         let clients = self.clients.iter();
-        clients.map(|client| (client.ask, client.socket.as_fd()))
+        clients.map(|client| (client.ask, &client.socket))
     }
 
     /// Takes one that has connected.
@@ -85,12 +84,12 @@ impl Branching {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let accepted = self
             .listener()
-            .and_then(|socket| accept_with(socket, flags).ok());
+            .and_then(|(socket, _)| accept_with(socket, flags).ok());
         if let Some(socket) = accepted {
             self.last += 1;
             self.clients.push(Client {
                 ask: self.last,
-                socket,
+                socket: socket.into(),
                 state: State::Speaking(Vec::new()),
             });
         }
@@ -213,7 +212,7 @@ mod tests {
         let ask = branching.last;
         branching.clients.push(Client {
             ask,
-            socket: ours.into(),
+            socket: std::os::fd::OwnedFd::from(ours).into(),
             state: State::Speaking(Vec::new()),
         });
         theirs.write_all(line.as_bytes()).unwrap();

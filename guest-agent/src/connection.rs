@@ -27,9 +27,10 @@ use crate::failure::Failure;
 use crate::files::{self, Layers, Task};
 use crate::identity::Identity;
 use crate::lane::Lane;
+use crate::machine_id::MachineId;
 use crate::output::Output;
 use crate::program::Program;
-use crate::restored::{self, Prepared};
+use crate::restored;
 use crate::runners::SourceFile;
 use crate::spawn;
 use crate::sys::Ended;
@@ -53,8 +54,8 @@ pub struct Context<'a> {
     pub is_restored: &'a mut bool,
     /// Makes the control groups of programs.
     pub cgroups: &'a mut Cgroups,
-    /// What a restored guest needs at once.
-    pub prepared: &'a mut Prepared,
+    /// What a restored guest is told apart by.
+    pub machine_id: &'a mut MachineId,
     /// The interpreters that stand ready.
     pub warm: &'a mut Warm,
     /// Programs that ask for children of the guest.
@@ -221,10 +222,10 @@ impl Connection {
         }
     }
 
-    /// The control groups of programs that are over since this was last asked. Their sources are removed.
-    pub fn take_remains(&mut self) -> Vec<Cgroup> {
-        self.litter.clear();
-        std::mem::take(&mut self.remains)
+    /// What programs have left that are over since this was last asked: their control groups, and their sources.
+    pub fn take_remains(&mut self) -> (Vec<Cgroup>, Vec<SourceFile>) {
+        let sources = std::mem::take(&mut self.litter);
+        (std::mem::take(&mut self.remains), sources)
     }
 
     /// When the first of its programs has used up its time.
@@ -477,8 +478,8 @@ impl Connection {
             ));
         }
         let lane = self.wire().and_then(Wire::lane);
-        let is_seeded = lane.is_some_and(Lane::is_seeded);
-        restored::restored(restored, is_seeded, context.prepared)?;
+        let is_seeded = lane.is_some_and(Lane::take_seeded);
+        restored::restored(restored, is_seeded, context.machine_id)?;
         *context.is_restored = true;
         context.branching.restored(restored.child.as_ref());
         self.output.push(id, Kind::Done(Done {}));

@@ -3,7 +3,7 @@
 //! Bytes go without the kernel. The other side is told only where it says that it waits; so who is about to wait says so first, and looks
 //! once more after that.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use rustix::event::PollFlags;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 
+use crate::epoll::Watched;
 use crate::window::Window;
 
 /// The device.
@@ -82,6 +83,11 @@ impl Lane {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let device = open(Path::new(DEVICE), flags, Mode::empty())?;
         Ok(Self(Window::map(device.into())?))
+    }
+
+    /// What tells when there is something for who sleeps.
+    pub fn device(&self) -> &Watched<File> {
+        self.0.device()
     }
 
     fn word(&self, offset: usize) -> &AtomicU32 {
@@ -176,7 +182,7 @@ impl Lane {
     }
 
     /// Whether the host has given the guest random bytes since this was asked last, so that no number is drawn that a copy of it draws.
-    pub fn is_seeded(&self) -> bool {
+    pub fn take_seeded(&self) -> bool {
         let state = self.word(SEED_STATE);
         // Not in two steps: between them the guest may have been copied, and the copy have a new one.
         let (taken, next) = (Ordering::AcqRel, Ordering::Acquire);
@@ -239,12 +245,6 @@ impl Lane {
     }
 }
 
-impl AsFd for Lane {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -269,8 +269,8 @@ mod tests {
 
         fn rung(&self) -> bool {
             let mut register = [0; 4];
-            rustix::io::pread(self.0.as_fd(), &mut register, 64 * 1024 + 0x10).unwrap();
-            rustix::io::pwrite(self.0.as_fd(), &[0; 4], 64 * 1024 + 0x10).unwrap();
+            rustix::io::pread(self.0.device(), &mut register, 64 * 1024 + 0x10).unwrap();
+            rustix::io::pwrite(self.0.device(), &[0; 4], 64 * 1024 + 0x10).unwrap();
             register != [0; 4]
         }
     }
@@ -318,12 +318,12 @@ mod tests {
         let lane = lane();
         lane.set(SEED_STATE, SEED_NEW);
         // This kernel does not know of it.
-        assert!(!lane.is_seeded());
+        assert!(!lane.take_seeded());
         lane.set(SEED_WATCHED, 1);
-        assert!(lane.is_seeded());
+        assert!(lane.take_seeded());
         lane.set(SEED_STATE, SEED_TAKEN);
-        assert!(lane.is_seeded());
-        assert!(!lane.is_seeded());
+        assert!(lane.take_seeded());
+        assert!(!lane.take_seeded());
     }
 
     #[test]

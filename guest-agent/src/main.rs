@@ -11,6 +11,7 @@ mod branching;
 mod cgroup;
 mod command;
 mod connection;
+mod epoll;
 mod failure;
 mod files;
 mod identity;
@@ -18,6 +19,7 @@ mod init;
 mod lane;
 mod listen;
 mod loan;
+mod machine_id;
 mod output;
 mod power;
 mod program;
@@ -124,9 +126,7 @@ fn run_as_init() -> Result<std::convert::Infallible, Failure> {
         init::warn(&failure.message);
     }
     init::the_rest(&options.init, root.has_run, has_dev);
-    if let Err(failure) = server.prepare_restored() {
-        init::warn(&failure.message);
-    }
+    server.prepare_restored();
     if let Err(failure) = server.take_asks() {
         init::warn(&failure.message);
     }

@@ -6,7 +6,7 @@
 //! that the client was given. A program is over when its process is reaped and both
 //! its output pipes are drained.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use guest_agent::proto::{
@@ -19,6 +19,7 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use rustix::termios::tcsetwinsize;
 
 use crate::cgroup::Cgroup;
+use crate::epoll::Watched;
 use crate::failure::Failure;
 use crate::loan::{self, Loan};
 use crate::output::Output;
@@ -198,7 +199,7 @@ impl Program {
     }
 
     /// The copy of an interpreter that may have something to say.
-    pub fn copy(&self) -> Option<BorrowedFd<'_>> {
+    pub fn copy(&self) -> Option<&Watched> {
         match (&self.start, &self.copy) {
             (Some(start), _) => Some(start.socket()),
             (None, copy) => copy.as_ref().map(Copy::socket),

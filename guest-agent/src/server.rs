@@ -7,23 +7,24 @@
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use guest_agent::proto::{Feature, Hello, MAX_DATA, Shutdown, Stream};
 use guest_agent::version::SUPPORTED;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::event::{PollFlags, Timespec};
 use rustix::net::{SocketFlags, accept_with};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::branching::Branching;
 use crate::cgroup::{Cgroup, Cgroups};
 use crate::connection::{Connection, Context};
+use crate::epoll::{Epoll, Wanted, Watched};
 use crate::failure::Failure;
 use crate::files::Layers;
 use crate::lane::Lane;
+use crate::machine_id::MachineId;
 use crate::program::{Program, STDIN_WINDOW};
-use crate::restored::Prepared;
+use crate::runners::SourceFile;
 use crate::signals::Signals;
 use crate::warm::{Warm, Which};
 use crate::wire::Wire;
@@ -34,6 +35,15 @@ const MAX_CLIENTS: usize = 256;
 
 /// How often in a row the lane may be served alone: a turn that asks the kernel costs as much as many that do not.
 const LANE_TURNS: u32 = 16;
+
+/// How long nothing must happen before what a program has left is removed, which is 35,000 instructions of the kernel: a request right behind the
+/// last need not wait for that, and a copy that is made then need not do it as well.
+const QUIET: Duration = Duration::from_millis(20);
+/// The same while other programs run, which may want the processor.
+const QUIET_BESIDE: Duration = Duration::from_secs(1);
+
+/// Of how many programs there may be something left before some of it is removed all the same.
+const MAX_REMAINS: usize = 16;
 
 /// Four times what is ever used: an allocation that the fresh heap cannot hold is a mapping of its own,
 /// whose pages cost nothing until they are touched; a smaller one is cleared, page by page.
@@ -63,7 +73,8 @@ pub struct Server {
     is_init: bool,
     boot_id: [u8; 16],
     signals: Signals,
-    listeners: Vec<OwnedFd>,
+    listeners: Vec<Watched>,
+    epoll: Epoll,
     /// How the host is called.
     dial: Option<Dial>,
     connections: Vec<Connection>,
@@ -74,9 +85,13 @@ pub struct Server {
     /// What the root consists of, if it is a layer above an image.
     layers: Option<Rc<Layers>>,
     branching: Branching,
-    /// Control groups that are to be removed as soon as their last process is gone.
+    /// Control groups that are to be removed, once their last process is gone.
     remains: Vec<Cgroup>,
-    prepared: Prepared,
+    /// Sources of programs that are over.
+    litter: Vec<SourceFile>,
+    /// How many of the control groups, the first ones, were not tried since something has happened.
+    untried: usize,
+    machine_id: MachineId,
     /// How often in a row only the lane was looked at.
     lane_turns: u32,
     shutdown: Option<Shutdown>,
@@ -97,16 +112,19 @@ impl Server {
             boot_id,
             signals: Signals::new(is_init)?,
             listeners: Vec::new(),
+            epoll: Epoll::new().map_err(|errno| Failure::internal("epoll_create", errno))?,
             dial: None,
             connections: Vec::new(),
             scratch: vec![0; SCRATCH],
             source_files: 0,
             cgroups: Cgroups::new(is_init),
             warm: Warm::default(),
+            machine_id: MachineId::default(),
             layers: layers.map(Rc::new),
             branching: Branching::default(),
             remains: Vec::new(),
-            prepared: Prepared::default(),
+            litter: Vec::new(),
+            untried: 0,
             lane_turns: 0,
             shutdown: None,
         })
@@ -114,7 +132,7 @@ impl Server {
 
     /// Takes clients from a listener, which is non-blocking.
     pub fn listen(&mut self, listener: OwnedFd) {
-        self.listeners.push(listener);
+        self.listeners.push(listener.into());
     }
 
     /// Calls the host, and greets it at once. From then on, a connection to the host that is lost is made anew, once: a
@@ -130,10 +148,9 @@ impl Server {
 
     /// Does ahead what a restored guest would have to wait for.
     ///
-    /// # Errors
-    /// A failure that names the system call.
-    pub fn prepare_restored(&mut self) -> Result<(), Failure> {
-        self.prepared.open()
+    /// Where that fails, it fails again when it is wanted.
+    pub fn prepare_restored(&mut self) {
+        let _ = self.machine_id.mount();
     }
 
     /// Lets programs of the guest ask for children of it.
@@ -188,7 +205,7 @@ impl Server {
     /// Serves for ever.
     ///
     /// # Errors
-    /// Only if `poll` itself fails, which it does for want of memory alone.
+    /// There is no memory to wait with.
     pub fn run(mut self) -> Result<Infallible, Failure> {
         let mut ready = Vec::new();
         loop {
@@ -196,8 +213,6 @@ impl Server {
             self.turn(&ready);
             if let Some(shutdown) = self.shutdown.take() {
                 self.connections.iter_mut().for_each(Connection::flush);
-                // A file that is open for writing keeps its disk from being made clean.
-                self.prepared = Prepared::default();
                 power::end(&shutdown);
             }
         }
@@ -250,15 +265,19 @@ impl Server {
     }
 
     /// Sleeps until something is ready, and lists it: pipes, signals, clients, listeners.
-    fn poll(&self, ready: &mut Vec<(Token, PollFlags)>) -> Result<(), Failure> {
+    fn poll(&mut self, ready: &mut Vec<(Token, PollFlags)>) -> Result<(), Failure> {
         let mut tokens = Vec::new();
-        let mut fds = Vec::new();
+        let mut wanted = Vec::new();
+        let mut want = |token, one| {
+            tokens.push(token);
+            wanted.push(one);
+        };
         let input = PollFlags::IN;
+        let input_if = |is_wanted| if is_wanted { input } else { PollFlags::empty() };
         for (index, connection) in self.connections.iter().enumerate() {
             for program in connection.programs() {
                 if let Some(socket) = program.copy() {
-                    tokens.push(Token::Copy(index, program.request_id));
-                    fds.push(PollFd::from_borrowed_fd(socket, input));
+                    want(Token::Copy(index, program.request_id), socket.wanted(input));
                 }
                 for stream in [Stream::Stdin, Stream::Stdout, Stream::Stderr] {
                     let flags = match stream {
@@ -268,53 +287,46 @@ impl Server {
                         _ => continue,
                     };
                     if let Some(pipe) = program.waits_for(stream) {
-                        tokens.push(Token::Pipe(index, program.request_id, stream));
-                        fds.push(PollFd::new(pipe, flags));
+                        let token = Token::Pipe(index, program.request_id, stream);
+                        want(token, Wanted::once(pipe.as_fd(), flags));
                     }
                 }
             }
         }
         for (which, socket) in self.warm.sockets() {
-            tokens.push(Token::Warm(which));
-            fds.push(PollFd::from_borrowed_fd(socket, input));
+            want(Token::Warm(which), socket.wanted(input));
         }
-        tokens.push(Token::Signals);
-        fds.push(PollFd::from_borrowed_fd(self.signals.fd(), input));
-        if let Some(listener) = self.branching.listener() {
-            tokens.push(Token::Asks);
-            fds.push(PollFd::new(listener, input));
+        want(Token::Signals, self.signals.fd().wanted(input));
+        if let Some((listener, has_room)) = self.branching.listener() {
+            want(Token::Asks, listener.wanted(input_if(has_room)));
         }
         for (ask, socket) in self.branching.clients() {
-            tokens.push(Token::Asker(ask));
-            fds.push(PollFd::from_borrowed_fd(socket, input));
+            want(Token::Asker(ask), socket.wanted(input));
         }
         let mut clients = 0;
         for (index, connection) in self.connections.iter().enumerate() {
-            let Some(wire) = connection.wire() else {
-                continue;
-            };
-            clients += 1;
-            tokens.push(Token::Client(index));
-            fds.push(PollFd::from_borrowed_fd(wire.as_fd(), connection.wants()));
-        }
-        if clients < MAX_CLIENTS {
-            for (index, listener) in self.listeners.iter().enumerate() {
-                tokens.push(Token::Listener(index));
-                fds.push(PollFd::new(listener, input));
+            if let Some(wire) = connection.wire() {
+                clients += 1;
+                want(Token::Client(index), wire.wanted(connection.wants()));
             }
+        }
+        for (index, listener) in self.listeners.iter().enumerate() {
+            let has_room = clients < MAX_CLIENTS;
+            want(Token::Listener(index), listener.wanted(input_if(has_room)));
         }
 
         let deadline = self.connections.iter().filter_map(Connection::deadline);
-        match poll(&mut fds, deadline.min().map(time_until).as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(Failure::internal("poll", errno)),
+        let is_quiet = self.connections.iter().all(|c| c.programs().is_empty());
+        let rest = if is_quiet { QUIET } else { QUIET_BESIDE };
+        let quiet = self.is_untidy().then(|| Instant::now() + rest);
+        let timeout = deadline.chain(quiet).min().map(time_until);
+        let flags = self.epoll.wait(&wanted, timeout.as_ref());
+        let flags = flags.map_err(|errno| Failure::internal("epoll_wait", errno))?;
+        let all = tokens.into_iter().zip(flags);
+        ready.extend(all.filter(|(_, flags)| !flags.is_empty()));
+        if ready.is_empty() {
+            self.tidy();
         }
-        ready.extend(
-            tokens
-                .into_iter()
-                .zip(fds.iter().map(PollFd::revents))
-                .filter(|(_, flags)| !flags.is_empty()),
-        );
         Ok(())
     }
 
@@ -342,7 +354,7 @@ impl Server {
                 Token::Listener(index) => {
                     // One per turn; the rest makes the listener ready again.
                     if let Some(socket) = self.accept(index) {
-                        let connection = Connection::new(Wire::Socket(socket), self.hello());
+                        let connection = Connection::new(Wire::Socket(socket.into()), self.hello());
                         self.connections.push(connection);
                     }
                 }
@@ -363,7 +375,9 @@ impl Server {
                     self.lane_turns = self.lane_turns.max(1);
                 }
             }
-            self.remains.extend(connection.take_remains());
+            let (cgroups, sources) = connection.take_remains();
+            self.remains.extend(cgroups);
+            self.litter.extend(sources);
         }
         let is_idle = !self.connections.iter().any(|connection| {
             // Nobody waits for the programs of one that was lost, and they may run for ever.
@@ -372,7 +386,12 @@ impl Server {
         });
         self.warm.tend(is_idle);
         self.remains.extend(self.warm.take_remains());
-        self.remains.retain(|cgroup| !cgroup.remove());
+        if !ready.is_empty() {
+            self.untried = self.remains.len();
+        }
+        if self.remains.len().max(self.litter.len()) > MAX_REMAINS {
+            self.tidy();
+        }
         let mut connections = self.connections.iter_mut();
         let is_lost = connections.any(Connection::take_lost_link);
         self.connections.retain(|connection| !connection.is_over());
@@ -380,6 +399,22 @@ impl Server {
             // Where nobody listens any more, the agent carries on without.
             if self.dial(dial).is_err() {
                 self.branching.refuse();
+            }
+        }
+    }
+
+    /// Whether something may be removed that is left of programs.
+    fn is_untidy(&self) -> bool {
+        self.untried > 0 || !self.litter.is_empty()
+    }
+
+    /// Removes something of that: sources, and one control group, which takes longest. One that still has a process stays.
+    fn tidy(&mut self) {
+        self.litter.clear();
+        if let Some(last) = self.untried.checked_sub(1) {
+            self.untried = last;
+            if self.remains.get(last).is_some_and(Cgroup::remove) {
+                self.remains.swap_remove(last);
             }
         }
     }
@@ -434,7 +469,7 @@ impl Server {
                 shutdown: &mut self.shutdown,
                 is_restored: &mut is_restored,
                 cgroups: &mut self.cgroups,
-                prepared: &mut self.prepared,
+                machine_id: &mut self.machine_id,
                 warm: &mut self.warm,
                 layers: self.layers.clone(),
                 branching: &mut self.branching,

@@ -3,16 +3,15 @@
 //! A signalfd wants its signals blocked, and a blocked signal stays blocked in children:
 //! they let it through themselves (`sys::usual_signals`).
 
-use std::os::fd::{AsFd, BorrowedFd};
-
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use crate::epoll::Watched;
 use crate::failure::Failure;
 
 /// The signals that the agent waits for.
 pub struct Signals {
-    fd: SignalFd,
+    fd: Watched<SignalFd>,
 }
 
 /// What the signals that came say.
@@ -40,12 +39,12 @@ impl Signals {
             .map_err(|errno| Failure::internal("sigprocmask", errno))?;
         let fd = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|errno| Failure::internal("signalfd", errno))?;
-        Ok(Self { fd })
+        Ok(Self { fd: fd.into() })
     }
 
     /// Readable when a signal has come.
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    pub fn fd(&self) -> &Watched<SignalFd> {
+        &self.fd
     }
 
     /// Takes the signals that have come.

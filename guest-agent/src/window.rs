@@ -5,12 +5,13 @@
 #![allow(unsafe_code)]
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::AtomicU32;
 
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::epoll::Watched;
 
 /// Bytes of the window.
 const BYTES: usize = 64 * 1024;
@@ -21,7 +22,7 @@ const DOORBELL: usize = 0x10;
 
 /// The memory of an open lane.
 pub struct Window {
-    device: File,
+    device: Watched<File>,
     start: NonNull<u8>,
 }
 
@@ -35,7 +36,15 @@ impl Window {
         // SAFETY: a new mapping, at an address that the kernel chooses: it takes nobody's memory.
         let start = unsafe { mmap(null_mut(), BYTES + REGISTERS, prot, flags, &device, 0)? };
         let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
-        Ok(Self { device, start })
+        Ok(Self {
+            device: device.into(),
+            start,
+        })
+    }
+
+    /// What it is the memory of.
+    pub fn device(&self) -> &Watched<File> {
+        &self.device
     }
 
     /// A word of the window.
@@ -78,12 +87,6 @@ impl Window {
                 .cast::<u32>()
                 .write_volatile(1);
         }
-    }
-}
-
-impl AsFd for Window {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.device.as_fd()
     }
 }
 

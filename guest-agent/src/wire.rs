@@ -1,16 +1,18 @@
 //! What a client's bytes come on: a socket, or the lane.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
+use rustix::event::PollFlags;
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::sockopt::socket_error;
 
+use crate::epoll::{Wanted, Watched};
 use crate::lane::Lane;
 
 /// A client's stream. It never waits.
 pub enum Wire {
     /// A socket.
-    Socket(OwnedFd),
+    Socket(Watched),
     /// The lane, of which there is one.
     Lane(Lane),
 }
@@ -22,7 +24,7 @@ impl Wire {
     /// Those of ioctl(2).
     pub fn socket(socket: OwnedFd) -> Result<Self, Errno> {
         ioctl_fionbio(&socket, true)?;
-        Ok(Self::Socket(socket))
+        Ok(Self::Socket(socket.into()))
     }
 
     /// The lane, if it is that.
@@ -65,13 +67,12 @@ impl Wire {
             Self::Lane(lane) => lane.is_lost(),
         }
     }
-}
 
-impl AsFd for Wire {
-    fn as_fd(&self) -> BorrowedFd<'_> {
+    /// To be waited for until `flags` are there.
+    pub fn wanted(&self, flags: PollFlags) -> Wanted<'_> {
         match self {
-            Self::Socket(socket) => socket.as_fd(),
-            Self::Lane(lane) => lane.as_fd(),
+            Self::Socket(socket) => socket.wanted(flags),
+            Self::Lane(lane) => lane.device().wanted(flags),
         }
     }
 }

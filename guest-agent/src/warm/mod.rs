@@ -9,7 +9,6 @@ mod standby;
 
 use std::cell::RefCell;
 use std::ffi::CString;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use guest_agent::proto::{self, ErrorCode, Exec, Language, RunCode};
@@ -20,6 +19,7 @@ use rustix::process::{Pid, Signal, kill_process};
 pub use self::standby::{Copy, Start, Tidings};
 use self::standby::{Standby, packet_sockets, receive};
 use crate::cgroup::{Cgroup, Cgroups};
+use crate::epoll::Watched;
 use crate::failure::Failure;
 use crate::identity::Identity;
 use crate::runners::{self, Draft};
@@ -100,7 +100,7 @@ struct Interpreter {
 
 struct Process {
     pid: Pid,
-    control: OwnedFd,
+    control: Watched,
     cgroup: Option<Cgroup>,
 }
 
@@ -284,10 +284,10 @@ impl Warm {
     }
 
     /// What is to be polled for something to read.
-    pub fn sockets(&self) -> impl Iterator<Item = (Which, BorrowedFd<'_>)> {
+    pub fn sockets(&self) -> impl Iterator<Item = (Which, &Watched)> {
         let interpreters = self.interpreters.iter().enumerate();
         interpreters.flat_map(|(index, one)| {
-            let control = (Which(index, Part::Interpreter), one.process.control.as_fd());
+            let control = (Which(index, Part::Interpreter), &one.process.control);
             let standby = one
                 .standby
                 .as_ref()

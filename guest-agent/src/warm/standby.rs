@@ -6,7 +6,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use guest_agent::proto::Exec;
@@ -21,6 +21,7 @@ use rustix::net::{
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cgroup::Cgroup;
+use crate::epoll::Watched;
 use crate::failure::Failure;
 use crate::identity::Identity;
 use crate::runners::Draft;
@@ -34,7 +35,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 ///
 /// # Errors
 /// There are too many open files.
-pub fn packet_sockets() -> Result<(OwnedFd, OwnedFd), Errno> {
+pub fn packet_sockets() -> Result<(Watched, OwnedFd), Errno> {
     let (ours, theirs) = socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
@@ -45,11 +46,11 @@ pub fn packet_sockets() -> Result<(OwnedFd, OwnedFd), Errno> {
     set_socket_passcred(&ours, true)?;
     // Who wants to be told who sends has a name (unix(7), `SO_PASSCRED`), and would get it when it sends first.
     bind(&ours, &SocketAddrUnix::new_unnamed())?;
-    Ok((ours, theirs))
+    Ok((ours.into(), theirs))
 }
 
 /// Receives a packet and who sent it, if there is one. An empty one, or an error, is the end.
-pub fn receive(socket: &OwnedFd, room: &mut [u8]) -> Option<(usize, Option<Pid>)> {
+pub fn receive(socket: &Watched, room: &mut [u8]) -> Option<(usize, Option<Pid>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1), ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut pieces = [IoSliceMut::new(room)];
@@ -83,7 +84,7 @@ enum Word {
     Gone,
 }
 
-fn word(socket: &OwnedFd) -> Word {
+fn word(socket: &Watched) -> Word {
     let mut room = [0; 512];
     match receive(socket, &mut room) {
         None => Word::Nothing,
@@ -137,7 +138,7 @@ fn ended(pid: Pid, status: u8, usage: &[u8]) -> Ended {
 
 /// A copy that nobody has asked for yet.
 pub struct Standby {
-    socket: OwnedFd,
+    socket: Watched,
     /// Known once it is ready.
     pid: Option<Pid>,
     /// Our ends of its streams.
@@ -154,7 +155,7 @@ impl Standby {
     ///
     /// # Errors
     /// There are too many open files, or the interpreter is gone or far behind.
-    pub fn ask(control: &OwnedFd, identity: Option<&Identity>) -> Result<Self, Failure> {
+    pub fn ask(control: &Watched, identity: Option<&Identity>) -> Result<Self, Failure> {
         let failed = |errno: Errno| Failure::internal("ask the interpreter for a copy", errno);
         let (theirs, spawned) = spawn::pipes(true, identity)?;
         let (socket, its_socket) = packet_sockets().map_err(failed)?;
@@ -175,8 +176,8 @@ impl Standby {
     }
 
     /// Readable when the copy has something to say.
-    pub fn socket(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+    pub fn socket(&self) -> &Watched {
+        &self.socket
     }
 
     /// Its process id, once it is ready.
@@ -232,7 +233,7 @@ impl Standby {
 
 /// A program on its way into a copy.
 pub struct Start {
-    socket: OwnedFd,
+    socket: Watched,
     pid: Option<Pid>,
     theirs: Theirs,
     packet: Vec<u8>,
@@ -255,8 +256,8 @@ enum State {
 
 impl Start {
     /// Readable when the copy has something to say.
-    pub fn socket(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+    pub fn socket(&self) -> &Watched {
+        &self.socket
     }
 
     /// The copy's process id, once it is ready.
@@ -337,7 +338,7 @@ const SETTLED_AFTER: Duration = Duration::from_millis(200);
 /// A copy that runs a program. It says when that is over, before its process has ended: clearing the memory is
 /// most of a short program's work where a guest's kernel is emulated.
 pub struct Copy {
-    socket: OwnedFd,
+    socket: Watched,
     /// Where its program was to run.
     cwd: Vec<u8>,
     settled_at: Instant,
@@ -357,8 +358,8 @@ pub enum Tidings {
 
 impl Copy {
     /// Readable when it has something to say.
-    pub fn socket(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+    pub fn socket(&self) -> &Watched {
+        &self.socket
     }
 
     /// When it surely is its program.
