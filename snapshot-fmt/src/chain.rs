@@ -2,6 +2,7 @@
 //!
 //! The layers' extents are merged once, so finding a page costs the same at any depth. What no layer has is zero.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -145,6 +146,16 @@ impl Chain {
     /// other pages are zero.
     pub fn data_runs(&self) -> &[Run] {
         &self.runs
+    }
+
+    /// What some of the layers have, as if there were no others, in ascending order. Pages that a layer says are zero are runs as well: it may hide others.
+    ///
+    /// # Panics
+    ///
+    /// If there are not so many layers.
+    pub fn runs_of(&self, layers: Range<usize>) -> Vec<Run> {
+        let first = layers.start;
+        merge(&self.layers[layers], first)
     }
 
     /// Runs that cover the pages from `first_page` to before `end`, zeros included.

@@ -9,6 +9,10 @@ use crate::error::WriteError;
 use crate::layer::{LayerSummary, LayerWriter};
 use crate::{ZERO_PAGE, pages};
 
+/// How many pages of zeros are stored to make one run of the two that they are between. To lay a run over memory takes each restore, and each process that goes
+/// on from it, about as long as it takes to write so many once.
+const JOINED_MAX: u64 = 8;
+
 /// Writes the layer that makes a parent's pages into others.
 ///
 /// Pages that are never put stay the parent's. Pages that equal it are told by their hashes, without reading it.
@@ -16,6 +20,12 @@ use crate::{ZERO_PAGE, pages};
 pub struct DeltaWriter<'a> {
     layer: LayerWriter,
     parent: Option<&'a Chain>,
+    /// That of a page of zeros.
+    zero: PageHash,
+    /// Behind the last page that was stored, where runs are joined.
+    joint: Option<u64>,
+    joins: bool,
+    compares: bool,
 }
 
 impl<'a> DeltaWriter<'a> {
@@ -29,7 +39,23 @@ impl<'a> DeltaWriter<'a> {
         Ok(Self {
             layer: LayerWriter::new(file, path, total_pages)?,
             parent,
+            zero: PageHash::of(&ZERO_PAGE),
+            joint: None,
+            joins: false,
+            compares: true,
         })
+    }
+
+    /// The layer is to be mapped: where it has no parent, few pages of zeros between two runs are stored, and make them one.
+    pub fn join_runs(&mut self) {
+        self.joins = self.parent.is_none();
+    }
+
+    /// The layer is wanted soon, and only ever in memory: it has no hashes ([`Layer::open_handed`](crate::layer::Layer::open_handed)), and pages that are put are taken to differ from the parent's.
+    /// To be said before anything is put.
+    pub fn in_memory(&mut self) {
+        self.compares = false;
+        self.layer.in_memory();
     }
 
     /// What the pages from `first_page` are; `bytes` are whole pages. They come behind all that came before.
@@ -40,10 +66,25 @@ impl<'a> DeltaWriter<'a> {
                 self.zero(page, 1)?;
                 continue;
             }
-            let hash = PageHash::of(bytes);
-            if self.of_parent(page)? != Some(hash) {
-                self.layer.hashed_page(page, bytes, hash)?;
+            let hash = self.compares.then(|| PageHash::of(bytes));
+            if hash.is_none() || self.of_parent(page)? != hash {
+                self.join(page)?;
+                self.layer.page(page, bytes, hash)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Stores what is between the last run and `page`, if that is little.
+    fn join(&mut self, page: u64) -> Result<(), WriteError> {
+        if self.joins {
+            let gap = self.joint.map_or(0..0, |end| end..page);
+            if gap.end - gap.start <= JOINED_MAX {
+                for between in gap {
+                    self.layer.page(between, &ZERO_PAGE, Some(self.zero))?;
+                }
+            }
+            self.joint = page.checked_add(1);
         }
         Ok(())
     }
@@ -55,8 +96,14 @@ impl<'a> DeltaWriter<'a> {
         };
         let end = first_page.saturating_add(count);
         for run in parent.runs(first_page, end) {
-            if run.source != Source::Zero {
-                self.layer.zero(run.first_page, run.count)?;
+            if run.source == Source::Zero {
+                continue;
+            }
+            for page in run.first_page..run.end() {
+                // The parent may have stored zeros.
+                if !self.compares || parent.hash_of(page)? != Some(self.zero) {
+                    self.layer.zero(page, 1)?;
+                }
             }
         }
         Ok(())

@@ -38,6 +38,8 @@ pub enum Kind {
     State,
     /// `*.layer`.
     Layer,
+    /// A layer that is only ever in memory.
+    LayerInMemory,
     /// `working-set`.
     WorkingSet,
     /// `*.bough`.
@@ -49,6 +51,7 @@ impl Kind {
         match self {
             Self::State => *b"STAT",
             Self::Layer => *b"LAYR",
+            Self::LayerInMemory => *b"LMEM",
             Self::WorkingSet => *b"WSET",
             Self::Pack => *b"PACK",
         }
@@ -57,7 +60,7 @@ impl Kind {
     /// The version that is written, and the newest that is read.
     pub fn version(self) -> u32 {
         match self {
-            Self::State | Self::Layer | Self::WorkingSet | Self::Pack => 1,
+            Self::State | Self::Layer | Self::LayerInMemory | Self::WorkingSet | Self::Pack => 1,
         }
     }
 
@@ -66,6 +69,7 @@ impl Kind {
         match self {
             Self::State => "a state file",
             Self::Layer => "a layer",
+            Self::LayerInMemory => "a layer in memory",
             Self::WorkingSet => "a working set",
             Self::Pack => "a packed snapshot",
         }
@@ -74,7 +78,7 @@ impl Kind {
     fn used_numbers(self) -> usize {
         match self {
             Self::State => 1,
-            Self::Layer => 4,
+            Self::Layer | Self::LayerInMemory => 4,
             Self::WorkingSet | Self::Pack => 2,
         }
     }

@@ -14,6 +14,8 @@
 //! Stored pages lie as they are, at multiples of 4096: they can be mapped. The header's numbers are the pages of the
 //! space, the stored pages, the pages that are zero, and the extents; the body's digest is that of extents and tags. So
 //! opening reads those alone, and a block of hashes is read and checked when a page of it is.
+//!
+//! A layer in memory, which processes of one user hand to each other and nobody keeps, has no hashes and no tags: what is in it is taken as it is.
 
 mod hashes;
 mod index;
@@ -42,6 +44,7 @@ struct Shape {
     data_pages: u64,
     zero_pages: u64,
     extents: u64,
+    hashed: bool,
 }
 
 impl Shape {
@@ -60,6 +63,7 @@ impl Shape {
                 at(3),
                 "the number of extents",
             )?,
+            hashed: header.kind == Kind::Layer,
         })
     }
 
@@ -72,11 +76,15 @@ impl Shape {
     }
 
     fn hashes_at(&self) -> u64 {
-        self.tags_at() + hashes::tags_len(self.data_pages)
+        self.tags_at() + hashes::tags_len(self.hashed_pages())
     }
 
     fn end(&self) -> u64 {
-        self.hashes_at() + hashes::hashes_len(self.data_pages)
+        self.hashes_at() + hashes::hashes_len(self.hashed_pages())
+    }
+
+    fn hashed_pages(&self) -> u64 {
+        if self.hashed { self.data_pages } else { 0 }
     }
 }
 
@@ -92,7 +100,8 @@ pub struct Layer {
     digest: Digest,
     shape: Shape,
     extents: Vec<Extent>,
-    hashes: Hashes,
+    /// None of a layer in memory.
+    hashes: Option<Hashes>,
 }
 
 impl Layer {
@@ -100,7 +109,19 @@ impl Layer {
     pub fn open(file: File, path: &Path) -> Result<Self, FormatError> {
         let file = NamedFile::new(file, path, Kind::Layer.name())?;
         let header = Header::read(&file, Kind::Layer)?;
-        let shape = Shape::new(&file, &header)?;
+        Self::of(file, &header)
+    }
+
+    /// Opens a layer that comes from another process of this user, which may be one in memory.
+    pub fn open_handed(file: File, path: &Path) -> Result<Self, FormatError> {
+        let file = NamedFile::new(file, path, Kind::Layer.name())?;
+        let header = Header::read(&file, Kind::LayerInMemory)
+            .or_else(|_| Header::read(&file, Kind::Layer))?;
+        Self::of(file, &header)
+    }
+
+    fn of(file: NamedFile, header: &Header) -> Result<Self, FormatError> {
+        let shape = Shape::new(&file, header)?;
         check_padding(&file)?;
         file.holds(
             PAGE_BYTES,
@@ -127,9 +148,10 @@ impl Layer {
             ));
         }
         let (extents, tags) =
-            index.split_at(index.len() - as_usize(hashes::tags_len(shape.data_pages)));
+            index.split_at(index.len() - as_usize(hashes::tags_len(shape.hashed_pages())));
         let extents = index::parse(&file, &shape, extents)?;
-        let hashes = Hashes::new(tags, shape.data_pages, shape.hashes_at());
+        let hashes = || Hashes::new(tags, shape.data_pages, shape.hashes_at());
+        let hashes = shape.hashed.then(hashes);
         Ok(Self {
             file,
             digest: header.digest(),
@@ -195,20 +217,29 @@ impl Layer {
 
     /// The hash of the stored page `index`, which must be below [`Layer::data_pages`].
     pub fn hash_of(&self, index: u64) -> Result<PageHash, FormatError> {
-        self.hashes.get(&self.file, index)
+        if let Some(hashes) = &self.hashes {
+            return hashes.get(&self.file, index);
+        }
+        let mut bytes = [0; PAGE_SIZE];
+        self.file
+            .read(&mut bytes, offset_of_stored(index), "a page")?;
+        Ok(PageHash::of(&bytes))
     }
 
     /// Reads the stored page `index` and checks it. `page` is its number in the space, for messages.
     pub fn read_stored(&self, index: u64, page: u64, bytes: &mut Page) -> Result<(), FormatError> {
-        let hash = self.hash_of(index)?;
         let offset = offset_of_stored(index);
         self.file.read(bytes, offset, "a page")?;
-        self.check(&hash, index, page, bytes)
+        self.check_stored(index, page, bytes)
     }
 
     /// Checks the bytes of the stored page `index` that were got by another way, such as a mapping.
     pub fn check_stored(&self, index: u64, page: u64, bytes: &Page) -> Result<(), FormatError> {
-        self.check(&self.hash_of(index)?, index, page, bytes)
+        let Some(hashes) = &self.hashes else {
+            return Ok(());
+        };
+        let hash = hashes.get(&self.file, index)?;
+        self.check(&hash, index, page, bytes)
     }
 
     /// Reads as many stored pages from `index` on as `bytes` has room for, and checks each. `first_page` is the number of the

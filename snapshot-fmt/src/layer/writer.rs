@@ -16,8 +16,8 @@ use crate::file::{within, write_at};
 use crate::header::{Header, Kind};
 use crate::{PAGE_SIZE, PAGES_MAX, Page, as_usize, pages};
 
-/// Bytes that are gathered before they are written; what comes in larger pieces is written as it is.
-const BUFFER: usize = 256 << 10;
+/// Bytes that are gathered before they are written; what comes in larger pieces is written as it is. Each page of it costs a process that has just been forked a fault.
+const BUFFER: usize = 64 << 10;
 
 /// What was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,7 +43,9 @@ pub struct LayerWriter {
     /// The lowest page that may come.
     next: u64,
     extents: Vec<Extent>,
-    hashes: Vec<PageHash>,
+    data_pages: u64,
+    /// Those of the stored pages; none of a layer in memory.
+    hashes: Option<Vec<PageHash>>,
     zero_pages: u64,
     /// What is to be written at `offset`.
     buffer: Vec<u8>,
@@ -60,31 +62,37 @@ impl LayerWriter {
             total_pages,
             next: 0,
             extents: Vec::new(),
-            hashes: Vec::new(),
+            data_pages: 0,
+            hashes: Some(Vec::new()),
             zero_pages: 0,
             buffer: Vec::with_capacity(BUFFER),
             offset: offset_of_stored(0),
         })
     }
 
+    /// The layer is one in memory. To be said before anything else.
+    pub(crate) fn in_memory(&mut self) {
+        self.hashes = None;
+    }
+
     /// Stores pages, from `first_page`; `bytes` are whole pages. They come behind all that came before.
     pub fn data(&mut self, first_page: u64, bytes: &[u8]) -> Result<(), WriteError> {
         self.place_bytes(first_page, bytes)?;
         for (page, bytes) in (first_page..).zip(pages(bytes)) {
-            self.push_data(page, PageHash::of(bytes))?;
+            self.push_data(page, bytes, None)?;
         }
         self.put(bytes)
     }
 
-    /// Stores a page whose hash is known.
-    pub(crate) fn hashed_page(
+    /// Stores a page whose hash may be known.
+    pub(crate) fn page(
         &mut self,
         page: u64,
         bytes: &Page,
-        hash: PageHash,
+        hash: Option<PageHash>,
     ) -> Result<(), WriteError> {
         self.place(page, 1)?;
-        self.push_data(page, hash)?;
+        self.push_data(page, bytes, hash)?;
         self.put(bytes)
     }
 
@@ -105,19 +113,22 @@ impl LayerWriter {
     /// Writes the index and the header. The file comes back for the caller to sync.
     pub fn finish(mut self) -> Result<(LayerSummary, File), WriteError> {
         let extents = std::mem::take(&mut self.extents);
-        let (tags, hashes) = hashes::encode(&self.hashes);
+        let kind = match self.hashes {
+            Some(_) => Kind::Layer,
+            None => Kind::LayerInMemory,
+        };
+        let (tags, hashes) = hashes::encode(self.hashes.as_deref().unwrap_or_default());
         let mut index = Vec::with_capacity(extents.len() * as_usize(EXTENT_BYTES) + tags.len());
         index.extend(extents.iter().flat_map(Extent::encode));
         index.extend(tags);
         self.put(&index)?;
         self.put(&hashes)?;
         self.flush()?;
-        let data_pages = self.hashes.len() as u64;
         let header = Header {
-            kind: Kind::Layer,
+            kind,
             numbers: [
                 self.total_pages,
-                data_pages,
+                self.data_pages,
                 self.zero_pages,
                 extents.len() as u64,
                 0,
@@ -132,16 +143,24 @@ impl LayerWriter {
         let summary = LayerSummary {
             bytes: self.offset,
             digest: header.digest(),
-            data_pages,
+            data_pages: self.data_pages,
             zero_pages: self.zero_pages,
             extents: extents.len() as u64,
         };
         Ok((summary, self.file))
     }
 
-    fn push_data(&mut self, page: u64, hash: PageHash) -> Result<(), WriteError> {
-        let first_stored = self.hashes.len() as u64;
-        self.hashes.push(hash);
+    fn push_data(
+        &mut self,
+        page: u64,
+        bytes: &Page,
+        hash: Option<PageHash>,
+    ) -> Result<(), WriteError> {
+        let first_stored = self.data_pages;
+        self.data_pages += 1;
+        if let Some(hashes) = &mut self.hashes {
+            hashes.push(hash.unwrap_or_else(|| PageHash::of(bytes)));
+        }
         self.push(Extent {
             first_page: page,
             count: 1,
