@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use snapshot_fmt::chain::Chain;
 use snapshot_fmt::state::machine::MachineState;
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryError};
@@ -35,11 +36,11 @@ use crate::host::{self, KvmKind};
 use crate::kvm::{self, KvmError, call_failed, platform};
 use crate::machine::{Machine, Parts};
 use crate::memory::{self, GuestMemory, MemoryError};
-use crate::pager::{Pager, PagerError, Pages};
+use crate::pager::{Ahead, Pager, PagerError, Pages};
 use crate::sys::file_mapping::FileMapping;
 use crate::timings::Timings;
 use crate::vcpu::state::VcpuStateError;
-use crate::vcpu::{self, VcpuContext};
+use crate::vcpu::{self, NewVcpu, VcpuContext};
 
 /// Why a machine could not be built.
 #[derive(Debug, Error)]
@@ -169,17 +170,20 @@ enum Start<'a> {
     Saved(&'a MachineState, Pages),
 }
 
-/// A machine without a beginning: what takes the host long is done, and nothing is in its memory. It serves one machine, once.
+/// A machine without a beginning: what takes the host long is done, and in its memory is nothing, or what one is likely to begin with. It serves one machine, once.
 pub struct Shell {
     kvm: Kvm,
     vm: VmFd,
     memory: Arc<GuestMemory>,
     files: Vec<MappedFile>,
-    registered: bool,
+    /// None where KVM does not know the memory yet.
+    vcpus: Option<Vec<NewVcpu>>,
+    /// What lies over its memory already.
+    ahead: Option<Ahead>,
 }
 
 impl Shell {
-    /// One for `config`, of which memory and disks count, and which KVM does not know the memory of yet.
+    /// One for `config`, of which memory, processors and disks count, without processors and which KVM does not know the memory of yet.
     fn bare(config: &VmConfig) -> Result<Self, BuildError> {
         let kvm = kvm::open()?;
         config.validate(host::limits(&kvm))?;
@@ -189,17 +193,24 @@ impl Shell {
             kvm,
             memory: Arc::new(memory::create(&ram)?),
             files: devices::map_files(config, &ram)?,
-            registered: false,
+            vcpus: None,
+            ahead: None,
         })
     }
 
-    /// One for `config`, of which memory and disks count.
+    /// One for `config`, of which memory, processors and disks count.
     pub fn new(config: &VmConfig) -> Result<Self, BuildError> {
         let mut shell = Self::bare(config)?;
         let files = shell.files.iter().map(|file| (file.start, &file.mapping));
         register(&shell.vm, &shell.memory, files)?;
-        shell.registered = true;
+        shell.vcpus = Some(new_vcpus(&shell.kvm, &shell.vm, config)?);
         Ok(shell)
+    }
+
+    /// Lays `chain` over its memory, which is likely to be what the machine begins with.
+    pub fn lay(&mut self, chain: Chain) -> Result<(), BuildError> {
+        self.ahead = Some(Ahead::lay(chain, &self.memory)?);
+        Ok(())
     }
 }
 
@@ -226,7 +237,8 @@ pub fn build(
         vm,
         memory,
         files,
-        registered,
+        vcpus,
+        ahead,
     } = shell.map_or_else(|| Shell::bare(config), Ok)?;
     timings.mark("VM made");
     let ram = layout::ram_ranges(config.memory_mib << 20);
@@ -250,10 +262,10 @@ pub fn build(
     timings.mark("inputs checked");
 
     let kind = KvmKind::detect();
-    let cpus = u8::try_from(config.cpus).unwrap_or(u8::MAX);
+    let cpus = cpus_of(config);
     let software = kind == KvmKind::Software;
     let (vcpus, pager, saved) = std::thread::scope(|scope| -> Result<_, BuildError> {
-        let slots = (!registered).then(|| {
+        let slots = vcpus.is_none().then(|| {
             scope.spawn(|| {
                 let files = devices.files.iter().map(|(start, file)| (*start, file));
                 register(&vm, &memory, files)
@@ -261,17 +273,21 @@ pub fn build(
         });
         let made = match start {
             Start::Saved(state, pages) => {
-                let pager = Pager::start(pages, &memory, &devices.exit)?;
+                let pager = Pager::start_with(ahead, pages, &memory, &devices.exit)?;
                 timings.mark("pages mapped");
                 platform::restore(&vm, &state.platform)?;
-                let vcpus = vcpu::restore(&kvm, &vm, &state.vcpus, software)?;
+                let vcpus = vcpus.map_or_else(|| new_vcpus(&kvm, &vm, config), Ok)?;
+                let vcpus = vcpus.into_iter().zip(&state.vcpus);
+                let vcpus = vcpus.map(|(vcpu, saved)| vcpu.restore(saved));
+                let vcpus = vcpus.collect::<Result<_, _>>()?;
                 timings.mark("processors restored");
                 Ok((vcpus, Some(pager), Some(state)))
             }
             Start::Kernel(kernel) => {
                 let cmdline = devices.cmdline(config, kind);
                 let entry = || load(kernel, &memory, &ram, &cmdline, cpus);
-                let vcpus = boot_vcpus(&kvm, &vm, cpus, software, entry);
+                let vcpus = vcpus.map_or_else(|| new_vcpus(&kvm, &vm, config), Ok)?;
+                let vcpus = boot_vcpus(vcpus, entry);
                 timings.mark("kernel loaded");
                 vcpus.map(|vcpus| (vcpus, None, None))
             }
@@ -321,15 +337,23 @@ pub fn build(
     })?)
 }
 
+/// The processors of `config`.
+fn new_vcpus(kvm: &Kvm, vm: &VmFd, config: &VmConfig) -> Result<Vec<NewVcpu>, KvmError> {
+    let software = KvmKind::detect() == KvmKind::Software;
+    vcpu::create(kvm, vm, cpus_of(config), software)
+}
+
+fn cpus_of(config: &VmConfig) -> u8 {
+    u8::try_from(config.cpus).unwrap_or(u8::MAX)
+}
+
 /// Processors that enter a kernel once `load` has put it into memory.
 fn boot_vcpus(
-    kvm: &Kvm,
-    vm: &VmFd,
-    cpus: u8,
-    software: bool,
+    vcpus: Vec<NewVcpu>,
     load: impl FnOnce() -> Result<LoadedKernel, BuildError>,
 ) -> Result<Vec<VcpuFd>, BuildError> {
-    let vcpus = vcpu::create(kvm, vm, cpus, software)?;
+    let vcpus = vcpus.into_iter().map(NewVcpu::for_boot);
+    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
     let loaded = load()?;
     if let Some(boot_cpu) = vcpus.first() {
         vcpu::set_entry(boot_cpu, loaded.entry)?;

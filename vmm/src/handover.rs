@@ -1,40 +1,29 @@
-//! What a parent hands to the process of a child: a description and open files, over a Unix socket.
-//!
-//! On the socket: the description's length as four bytes, least significant first, and the description as JSON. The files come with the
-//! first byte, as descriptors: the state, then the layers of memory, the root first, then what disks consist of. Whoever is at the other end runs as the same user, in the same program.
+//! What a parent hands to the process of a child ([`crate::message`]): a description and open files. They are the state, then the layers of memory, the root first, then
+//! what disks consist of. The newest layer of memory may come behind that, in a message of its own, when it is written.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-};
 use serde::{Deserialize, Serialize};
 use snapshot_fmt::digest::Digest;
 use snapshot_fmt::manifest::{Machine, Programs};
 
 use crate::control::types::ChildView;
+use crate::message;
 use crate::sandbox::budget::Budget;
 use crate::sandbox::record::BranchPoint;
 use crate::snapshot::shared_disk::DiskParts;
 use crate::warm::WarmRuntime;
 
-/// Most files: as many as a message can have (Linux, unix(7), `SCM_MAX_FD`).
-pub const FILES_MAX: usize = 253;
 /// How long a child may take to say that it is ready. It gives up by itself before.
 const PATIENCE: Duration = Duration::from_secs(240);
 /// Longest word of a child, in bytes: an error may have the end of the guest's console.
 const WORD_MAX: u64 = 64 << 10;
-/// Longest description, in bytes.
-const DESCRIPTION_MAX: usize = 1 << 20;
 
 /// A child to be.
 #[derive(Debug, Serialize, Deserialize)]
@@ -65,8 +54,10 @@ pub struct Handover {
     pub base: Option<(PathBuf, Digest)>,
     /// Its disks, but for those that are as that snapshot has them.
     pub disks: Vec<DiskParts>,
-    /// How many files come with this.
-    pub files: usize,
+    /// Whether the newest layer of its memory comes in a message of its own.
+    pub is_late: bool,
+    /// Whether it stands still from when it is ready until it is released, or has something to run.
+    pub stands_still: bool,
     /// When its parent was asked for it: [`crate::timings::monotonic_ns`].
     pub since: u64,
     /// When its parent stood still for it, likewise; nothing for one that goes on from a snapshot.
@@ -105,8 +96,12 @@ impl Unborn {
     pub fn send(&self, handover: &mut Handover, files: &[&File]) -> io::Result<()> {
         handover.name.clone_from(&self.name);
         handover.number = self.number;
-        handover.files = files.len();
-        send(&self.socket, handover, files)
+        message::send(&self.socket, handover, files)
+    }
+
+    /// Sends it the newest layer of its memory.
+    pub fn send_layer(&self, layer: &File) -> io::Result<()> {
+        message::send(&self.socket, &(), &[layer])
     }
 
     /// Goes on with another shell, since the one that it had is gone.
@@ -153,181 +148,5 @@ impl Unborn {
     /// Waits until one that was released is listed as a sandbox of its own. One that ends at once is none, as at any later time.
     pub fn settle(&self) {
         let _ = (&self.socket).read(&mut [0]);
-    }
-}
-
-/// Sends a child to be, with its files.
-fn send(mut socket: &UnixStream, handover: &Handover, files: &[&File]) -> io::Result<()> {
-    let json = serde_json::to_vec(handover)?;
-    let length = u32::try_from(json.len()).map_err(io::Error::other)?;
-    let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
-    let mut rights = SendAncillaryBuffer::new(&mut space);
-    if fds.len() > FILES_MAX || !rights.push(SendAncillaryMessage::ScmRights(&fds)) {
-        return Err(io::Error::other(format!(
-            "{} files are too many",
-            fds.len()
-        )));
-    }
-    let head = length.to_le_bytes();
-    let sent = sendmsg(
-        socket,
-        &[IoSlice::new(&head)],
-        &mut rights,
-        SendFlags::NOSIGNAL,
-    )?;
-    socket.write_all(head.get(sent..).unwrap_or_default())?;
-    socket.write_all(&json)
-}
-
-/// Receives a child to be, with its files. `None` where whoever would send it has gone.
-pub fn receive(mut socket: &UnixStream) -> io::Result<Option<(Handover, Vec<File>)>> {
-    let mut head = [0; 4];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = recvmsg(
-        socket,
-        &mut [IoSliceMut::new(&mut head)],
-        &mut control,
-        RecvFlags::CMSG_CLOEXEC,
-    )?;
-    if received.bytes == 0 {
-        return Ok(None);
-    }
-    let files: Vec<File> = control
-        .drain()
-        .filter_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-            _ => None,
-        })
-        .flatten()
-        .map(File::from)
-        .collect();
-    socket.read_exact(head.get_mut(received.bytes..).unwrap_or_default())?;
-    let length = u32::from_le_bytes(head) as usize;
-    if length > DESCRIPTION_MAX {
-        return Err(io::Error::other(format!(
-            "a description of {length} bytes is too long"
-        )));
-    }
-    let mut json = vec![0; length];
-    socket.read_exact(&mut json)?;
-    let handover: Handover = serde_json::from_slice(&json)?;
-    if files.len() != handover.files {
-        // The last are missing where there is no room for more: memory without its newest layer would be another's.
-        return Err(io::Error::other(format!(
-            "{} of {} files arrived; is the limit on open files (ulimit -n) too low?",
-            files.len(),
-            handover.files
-        )));
-    }
-    Ok(Some((handover, files)))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::FileExt;
-
-    use super::*;
-
-    fn handover() -> Handover {
-        Handover {
-            name: Some("child".to_owned()),
-            timeout_ms: None,
-            labels: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
-            budget: Budget::default(),
-            guest_branch: 0,
-            ask: None,
-            number: 0,
-            branch: Some(BranchPoint {
-                parent: "1".to_owned(),
-                parent_name: "one".to_owned(),
-                root: "1".to_owned(),
-                depth: 1,
-                at: 0,
-            }),
-            machine: Machine {
-                cpus: 1,
-                memory: Vec::new(),
-                kernel: snapshot_fmt::manifest::KernelFile {
-                    path: "vmlinux".to_owned(),
-                    digest: None,
-                },
-                cmdline: String::new(),
-                drives: Vec::new(),
-                vsock_cid: Some(3),
-                lane: false,
-            },
-            programs: Programs::default(),
-            warm: None,
-            base: None,
-            disks: Vec::new(),
-            files: 0,
-            since: 1,
-            moment: None,
-        }
-    }
-
-    #[test]
-    fn files_arrive_in_order() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let files: Vec<File> = (0..FILES_MAX)
-            .map(|number| {
-                let file = tempfile::tempfile().unwrap();
-                file.write_all_at(&[u8::try_from(number).unwrap()], 0)
-                    .unwrap();
-                file
-            })
-            .collect();
-        let handover = || Handover {
-            files: FILES_MAX,
-            ..handover()
-        };
-        send(&ours, &handover(), &files.iter().collect::<Vec<_>>()).unwrap();
-        let (received, files) = receive(&theirs).unwrap().unwrap();
-        assert_eq!(format!("{received:?}"), format!("{:?}", handover()));
-        for (number, file) in files.iter().enumerate() {
-            let mut byte = [0];
-            file.read_exact_at(&mut byte, 0).unwrap();
-            assert_eq!(usize::from(byte[0]), number);
-        }
-        assert_eq!(files.len(), FILES_MAX);
-        let too_many: Vec<_> = files.iter().chain(&files[..1]).collect();
-        assert!(send(&ours, &handover(), &too_many).is_err());
-    }
-
-    #[test]
-    fn files_that_are_lost_are_missed() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let file = tempfile::tempfile().unwrap();
-        let handover = Handover {
-            files: 2,
-            ..handover()
-        };
-        send(&ours, &handover, &[&file]).unwrap();
-        let error = receive(&theirs).unwrap_err().to_string();
-        assert!(error.contains("1 of 2 files"), "{error}");
-    }
-
-    #[test]
-    fn nobody_there_is_no_child() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        drop(ours);
-        assert!(receive(&theirs).unwrap().is_none());
-    }
-
-    #[test]
-    fn half_a_description_and_nonsense_are_errors() {
-        for bytes in [
-            &b"\x04"[..],
-            b"\x04\0\0\0nul",
-            b"\x04\0\0\0null",
-            b"\xff\xff\xff\xff",
-        ] {
-            let (mut ours, theirs) = UnixStream::pair().unwrap();
-            ours.write_all(bytes).unwrap();
-            drop(ours);
-            assert!(receive(&theirs).is_err(), "{bytes:?}");
-        }
     }
 }

@@ -25,6 +25,7 @@ pub mod kvm;
 pub mod logger;
 pub mod machine;
 pub mod memory;
+pub mod message;
 pub mod metrics;
 pub mod pagemap;
 pub mod pager;

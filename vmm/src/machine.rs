@@ -111,6 +111,7 @@ pub struct Machine {
     vcpus: Vec<VcpuThread>,
     software: bool,
     state: Mutex<RunState>,
+    save_context: Mutex<Option<Arc<SaveContext>>>,
     event_loop: EventLoop,
     devices: LiveDevices,
     exit: ExitLatch,
@@ -140,7 +141,7 @@ impl Machine {
         } = parts;
         let exit = context.exit.clone();
         let software = context.software;
-        let event_loop = EventLoop::start(subscribers, exit.clone())?;
+        // First, for the guest has something to do before it asks for anything; what it asks for waits.
         let vcpus = (0u8..)
             .zip(vcpus)
             .map(|(id, vcpu)| {
@@ -153,10 +154,12 @@ impl Machine {
                 )
             })
             .collect::<io::Result<_>>()?;
+        let event_loop = EventLoop::start(subscribers, exit.clone())?;
         Ok(Self {
             vcpus,
             software,
             state: Mutex::new(RunState::Running),
+            save_context: Mutex::default(),
             event_loop,
             devices,
             exit,
@@ -266,7 +269,7 @@ impl Machine {
     /// Stops everything, and has `during` see the state of this moment, in which memory stands still as well; then goes on,
     /// unless the machine was paused before. Nobody else pauses or resumes it meanwhile.
     pub fn freeze<T>(&self, during: impl FnOnce(MachineState) -> T) -> Result<T, SaveError> {
-        let context = Arc::new(SaveContext::new(&kvm::open()?, self.cpus(), self.software)?);
+        let context = self.save_context()?;
         let mut state = self.lock();
         if self.exit.get().is_some() {
             return Err(SaveError::Over);
@@ -294,6 +297,17 @@ impl Machine {
             devices: self.devices.save(),
             agent: None,
         }))
+    }
+
+    /// What saving asks of KVM, which answers the same each time.
+    fn save_context(&self) -> Result<Arc<SaveContext>, KvmError> {
+        let known = self.save_context.lock();
+        let mut known = known.unwrap_or_else(PoisonError::into_inner);
+        if let Some(context) = &*known {
+            return Ok(Arc::clone(context));
+        }
+        let context = SaveContext::new(&kvm::open()?, self.cpus(), self.software)?;
+        Ok(Arc::clone(known.insert(Arc::new(context))))
     }
 
     fn cpus(&self) -> u8 {

@@ -12,7 +12,7 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::pager::PagerStats;
+use crate::pager::{OwnPages, PagerStats};
 use crate::proc_stat::ProcStat;
 
 /// Part of an operation: from its beginning until the phase is over.
@@ -30,6 +30,11 @@ struct StartPhase {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Cause {
     cause: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Was {
+    was: &'static str,
 }
 
 /// From 100 us to 13 s, each bucket twice the one before.
@@ -66,6 +71,8 @@ pub struct Facts<'a> {
     pub private_bytes: u64,
     /// The phases of its start, each counted from the beginning.
     pub start: Vec<(&'static str, Duration)>,
+    /// Guest memory that is its own.
+    pub own_pages: OwnPages,
     /// What its pager has done, if it has one.
     pub pager: Option<PagerStats>,
 }
@@ -127,6 +134,15 @@ impl Metrics {
             Unit::Bytes,
             ConstGauge::<u64>::new(facts.private_bytes),
         );
+        let own = Family::<Was, Gauge<u64, AtomicU64>>::default();
+        let was = |was, count| own.get_or_create(&Was { was }).set(count);
+        was("shared", facts.own_pages.copied);
+        was("zero", facts.own_pages.zeros);
+        registry.register(
+            "guest_own_pages",
+            "Pages of guest memory, 4 KiB each, that it does not share: copies of shared pages, made when they were written to, and pages that were zero until they were touched; a fault brought each",
+            own,
+        );
         let faults = Family::<Cause, Counter>::default();
         let count = |cause, count| {
             faults.get_or_create(&Cause { cause }).inc_by(count);
@@ -151,7 +167,7 @@ impl Metrics {
         }
         registry.register(
             "faults",
-            "Page faults: the host kernel's of this process (copies of shared pages among the minor ones), and those that the pager served",
+            "Page faults: the host kernel's of this process, without input and with it, and those that the pager served",
             faults,
         );
         let mut text = String::new();
@@ -188,6 +204,10 @@ mod tests {
                 resident_bytes: 5,
                 private_bytes: 4,
                 start: vec![("first KVM_RUN", Duration::from_millis(12))],
+                own_pages: OwnPages {
+                    copied: 3,
+                    zeros: 2,
+                },
                 pager: Some(PagerStats {
                     data_faults: 7,
                     ..PagerStats::default()
@@ -209,6 +229,8 @@ mod tests {
             format!(r#"bough_start_seconds{{{sandbox},phase="first KVM_RUN"}} 0.012"#),
             format!("bough_uptime_seconds{{{sandbox}}} 1.5"),
             format!("bough_private_bytes{{{sandbox}}} 4"),
+            format!(r#"bough_guest_own_pages{{{sandbox},was="shared"}} 3"#),
+            format!(r#"bough_guest_own_pages{{{sandbox},was="zero"}} 2"#),
             format!(r#"bough_faults_total{{{sandbox},cause="stored-page"}} 7"#),
             "# EOF".to_owned(),
         ] {

@@ -212,7 +212,7 @@ mod tests {
             deadline,
             leftover: None,
             status: |_| 1,
-            forces: true,
+            forces: false,
         }
     }
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use guest_agent::frame::{self, FrameBuffer};
-use guest_agent::proto::{Cancel, Credit, MAX_DATA, Stream, ToAgent, from_agent, to_agent};
+use guest_agent::proto::{Cancel, Credit, Stream, ToAgent, from_agent, to_agent};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
@@ -20,9 +20,13 @@ use super::asks::{Answerer, deal_with};
 use super::channel::{Channel, timeout_until};
 use super::inbox::{Broken, Inbox, State, index};
 use super::{AgentError, UNEXPECTED, printable};
+use crate::sys::heap::MAPPED;
 
 /// How many bytes of each output stream the agent may send ahead of whoever takes them.
 pub(super) const OUTPUT_WINDOW: u32 = 512 * 1024;
+
+/// How many bytes are read at once: what was read into stays the sandbox's also while it waits for work.
+const READ_SIZE: usize = 16 * 1024;
 
 /// The connection.
 pub(super) struct Link {
@@ -170,7 +174,8 @@ impl Link {
 
     /// Reads until the connection ends; says why.
     fn read(self: &Arc<Self>, mut frames: FrameBuffer) -> Broken {
-        let mut scratch = vec![0; MAX_DATA];
+        // More than is ever used, for it is a mapping then, of which what was never read into costs nothing.
+        let mut scratch = vec![0; MAPPED];
         // Held from when bytes are taken off the socket until they are sorted, so that nobody finds them in between.
         let mut state = lock(&self.state);
         loop {
@@ -190,7 +195,7 @@ impl Link {
                 Err(errno) => return Broken::Socket(errno.raw_os_error()),
             }
             state = lock(&self.state);
-            match (&self.socket).read(&mut scratch) {
+            match (&self.socket).read(&mut scratch[..READ_SIZE]) {
                 Ok(0) => return Broken::Disconnected,
                 Ok(count) => {
                     let bytes = scratch.get(..count).unwrap_or_default();

@@ -32,7 +32,7 @@ use crate::sandbox::{SandboxDir, SandboxPaths, remove_dead};
 use crate::sizes::memory_mib;
 use crate::snapshot::description::describe;
 use crate::supervisor::{Ending, Supervisor, end_by_force};
-use crate::sys::heap;
+use crate::sys::{heap, stack};
 use crate::timings::Timings;
 
 /// How long a guest may take to end where its monitor is told to end by a signal.
@@ -175,6 +175,7 @@ pub trait Announce {
         sandbox: &SandboxDir,
         timings: &Timings,
         supervisor: &Supervisor,
+        machine: &Machine,
     ) -> io::Result<bool>;
 
     /// Tells that the sandbox is listed as one of its own.
@@ -190,7 +191,13 @@ pub trait Announce {
 pub struct Starter;
 
 impl Announce for Starter {
-    fn ready(&self, sandbox: &SandboxDir, _: &Timings, _: &Supervisor) -> io::Result<bool> {
+    fn ready(
+        &self,
+        sandbox: &SandboxDir,
+        _: &Timings,
+        _: &Supervisor,
+        _: &Machine,
+    ) -> io::Result<bool> {
         writeln!(io::stdout(), "{}", sandbox.id())?;
         io::stdout().flush()?;
         Ok(true)
@@ -280,7 +287,7 @@ pub fn monitor(
     }
     let unwanted =
         |error| CliError::Monitor(format!("nobody waits for the sandbox any more: {error}"));
-    let wanted = starter.ready(&sandbox, &timings, &supervisor);
+    let wanted = starter.ready(&sandbox, &timings, &supervisor, &machine);
     if !wanted.map_err(unwanted)? {
         end_by_force(0, Some(sandbox.path()));
         return Ok(0);
@@ -292,6 +299,7 @@ pub fn monitor(
     starter.listed();
     leave_terminal(&sandbox).map_err(unwanted)?;
     // What making the machine took.
+    stack::trim();
     heap::trim();
 
     let ending = supervisor.wait_for_end();

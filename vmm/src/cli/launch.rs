@@ -9,7 +9,7 @@ use super::vm_spec::VmSpec;
 use super::{CliError, ending_status};
 use crate::agent::Child;
 use crate::boot_cache::BootCache;
-use crate::builder::{self, BuildError, Origin, Shell};
+use crate::builder::{self, Origin, Shell};
 use crate::config::{ConsoleConfig, GUEST_CID, VmConfig, VsockConfig};
 use crate::confinement;
 use crate::host;
@@ -146,14 +146,19 @@ fn build(
     source: &Source,
     shell: Option<Shell>,
     timings: &Arc<Timings>,
-) -> Result<Machine, BuildError> {
-    let origin = source.saved().map_or(Origin::Boot, |saved| Origin::Saved {
-        state: &saved.state,
-        pages: saved.pages(),
-        disks: saved.disks(paths.dir()),
-        moment: saved.moment,
-    });
-    builder::build(config, origin, shell, timings)
+) -> Result<Machine, CliError> {
+    let origin = match source.saved() {
+        None => Origin::Boot,
+        Some(saved) => Origin::Saved {
+            state: &saved.state,
+            pages: saved
+                .pages()
+                .map_err(|error| CliError::BadInput(error.to_string()))?,
+            disks: saved.disks(paths.dir()),
+            moment: saved.moment,
+        },
+    };
+    Ok(builder::build(config, origin, shell, timings)?)
 }
 
 /// The vsock device of the sandbox at `paths`.

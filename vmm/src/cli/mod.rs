@@ -268,8 +268,12 @@ pub fn main(start: Instant) -> ExitCode {
         ));
         signal_hook::low_level::exit(status::MONITOR.into());
     }));
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let parsed = match shell::ShellArgs::of_process() {
+        Some(args) => Ok(Command::Shell(args)),
+        None => Cli::try_parse().map(|cli| cli.command),
+    };
+    let command = match parsed {
+        Ok(command) => command,
         Err(error) => {
             if let Some(line) = usage::one_line(&error) {
                 complain(line);
@@ -284,7 +288,7 @@ pub fn main(start: Instant) -> ExitCode {
             });
         }
     };
-    let result = match cli.command {
+    let result = match command {
         Command::Run(args) => run::run(&args, start),
         Command::Start(args) => start::start(&args, start),
         Command::Restore(args) => restore::restore(&args, start),

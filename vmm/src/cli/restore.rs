@@ -75,13 +75,14 @@ fn open(args: &RestoreArgs) -> Result<Saved, CliError> {
 fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
     let since = monotonic_ns();
     let saved = open(args)?;
-    if saved.mode != Mode::Map || !saved.pages().working_set.is_empty() {
+    let refused = |error: SnapshotError| CliError::BadInput(error.to_string());
+    let pages = saved.pages().map_err(refused)?;
+    if saved.mode != Mode::Map || !pages.working_set.is_empty() {
         return Ok(None);
     }
-    let (Some(base), Some(shell)) = (
-        &saved.base,
-        pool::take(&runtime_dir(), &saved.machine, 1).pop(),
-    ) else {
+    let layers = pages.chain.layers();
+    let mut taken = pool::take(&runtime_dir(), &saved.machine, layers, 1);
+    let (Some(base), Some(shell)) = (&saved.base, taken.shells.pop()) else {
         return Ok(None);
     };
     let mut handover = Handover {
@@ -98,16 +99,16 @@ fn restore_in_shell(args: &RestoreArgs) -> Result<Option<String>, CliError> {
         warm: saved.warm.as_ref().and_then(|warm| warm.try_into().ok()),
         base: Some(base.place()),
         disks: Vec::new(),
-        files: 0,
+        is_late: false,
+        stands_still: false,
         since,
         moment: None,
     };
     let failed = |error: std::io::Error| CliError::Monitor(format!("cannot restore it: {error}"));
     let state = File::open(base.held.snapshot().path(STATE)).map_err(failed)?;
-    let layers = saved.memory.layers().iter();
     let files: Vec<_> = [&state]
         .into_iter()
-        .chain(layers.map(|layer| layer.file()))
+        .chain(layers.iter().map(|layer| layer.file()))
         .collect();
     let unborn = Unborn::new(args.name.clone(), 0, shell).map_err(failed)?;
     if unborn.send(&mut handover, &files).is_err() {

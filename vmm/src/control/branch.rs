@@ -3,21 +3,24 @@
 //! Each child is a process of its own that is handed the moment. It says when its guest's agent has become its own, and lives on
 //! by itself when it is told that all of them have: there are all children of a call, or none.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::PoisonError;
 use std::time::Instant;
 
-use snapshot_fmt::chain::DEPTH_MAX;
+use snapshot_fmt::chain::{Chain, DEPTH_MAX};
 
 use super::routes::{Control, client_is_gone};
 use super::snapshot::{code, programs};
 use super::types::{BranchRequest, BranchView, ErrorBody, ErrorCode};
-use crate::handover::{FILES_MAX, Handover, Unborn};
+use crate::handover::{Handover, Unborn};
 use crate::host;
-use crate::pool::{self, new_shell};
+use crate::message::FILES_MAX;
+use crate::pool::{self, Taken, new_shell};
+use crate::reaper::Reaper;
 use crate::sandbox::{check_name, remove_dead, runtime_dir};
-use crate::snapshot::branch::freeze;
+use crate::snapshot::branch::{PointMemory, freeze};
 use crate::snapshot::restore::Base;
 use crate::timings::{micros, monotonic_ns};
 
@@ -63,6 +66,45 @@ fn internal(error: io::Error) -> ErrorBody {
     )
 }
 
+/// Children that are ready.
+pub(super) struct Conceived {
+    /// They. Those that are dropped end.
+    pub children: Vec<Unborn>,
+    /// What is told of them.
+    pub view: BranchView,
+    /// Kept as long as they are to have the processors for themselves.
+    pub taken: Taken,
+}
+
+/// What children are handed. A shell of the pool may have died since it was taken: then another process is started for the child.
+struct Birth<'a> {
+    handover: Handover,
+    /// All but the newest layer of memory.
+    files: Vec<&'a File>,
+    reaper: &'a Reaper,
+}
+
+impl Birth<'_> {
+    /// Hands over what there is while memory is being written.
+    fn begin(&mut self, child: &mut Unborn) -> io::Result<()> {
+        if child.send(&mut self.handover, &self.files).is_err() {
+            child.replace(new_shell(self.reaper)?)?;
+            child.send(&mut self.handover, &self.files)?;
+        }
+        Ok(())
+    }
+
+    /// Hands over the rest.
+    fn complete(&mut self, child: &mut Unborn, layer: &File) -> io::Result<()> {
+        if child.send_layer(layer).is_err() {
+            child.replace(new_shell(self.reaper)?)?;
+            child.send(&mut self.handover, &self.files)?;
+            child.send_layer(layer)?;
+        }
+        Ok(())
+    }
+}
+
 impl Control {
     /// Makes the children that `request` asks for. `client` waits for them: without it there are none. `ask` is what the guest calls its request,
     /// if it is one of its own.
@@ -72,7 +114,11 @@ impl Control {
         ask: Option<u64>,
         client: &UnixStream,
     ) -> Result<BranchView, ErrorBody> {
-        let (children, view) = self.conceive(request, ask, client)?;
+        let Conceived {
+            children,
+            view,
+            taken,
+        } = self.conceive(request, ask, client)?;
         if client_is_gone(client) {
             return Err(unwanted());
         }
@@ -84,6 +130,7 @@ impl Control {
             .try_for_each(Unborn::release)
             .map_err(internal)?;
         children.iter().for_each(Unborn::settle);
+        drop(taken);
         Ok(view)
     }
 
@@ -93,7 +140,8 @@ impl Control {
         request: BranchRequest,
         ask: Option<u64>,
         client: &UnixStream,
-    ) -> Result<(Vec<Unborn>, BranchView), ErrorBody> {
+    ) -> Result<Conceived, ErrorBody> {
+        let (start, since) = (Instant::now(), monotonic_ns());
         let count = request.count;
         if !(1..=COUNT_MAX).contains(&count) {
             let message = format!("the number of children is 1 to {COUNT_MAX}, not {count}");
@@ -118,7 +166,6 @@ impl Control {
         let fits = fits.check(&branch.root, count, request.reserve_mib);
         fits.map_err(|error| ErrorBody::new(ErrorCode::Internal, error.to_string()))?
             .map_err(|over| ErrorBody::new(ErrorCode::Conflict, over.to_string()))?;
-        let (start, since) = (Instant::now(), monotonic_ns());
         let machine = self.machine()?;
         let past = self.snapshots.past();
         let origin = past.origin();
@@ -129,6 +176,7 @@ impl Control {
             return Err(ErrorBody::new(ErrorCode::Conflict, message));
         }
         let refused = |error| ErrorBody::new(code(&error), error.to_string());
+        let at_once = host::processors() * AT_ONCE;
         let mut handover = Handover {
             name: None,
             timeout_ms: request.ttl_ms,
@@ -143,7 +191,8 @@ impl Control {
             warm: self.record.warm.clone(),
             base: past.base.as_ref().map(Base::place),
             disks: Vec::new(),
-            files: 0,
+            is_late: true,
+            stands_still: usize::try_from(count).is_ok_and(|count| count > at_once),
             since,
             moment: None,
         };
@@ -152,61 +201,77 @@ impl Control {
         let agent = self.agent();
         let (dir, name) = (self.paths.dir(), format!("branch-{since}"));
         let allowance = &self.drive_backup;
-        let freezing =
+        let (point, freezing) =
             freeze(&machine, agent.as_ref(), origin, dir, &name, allowance).map_err(refused)?;
-        // Their processes start while memory is written: before, they would have made the pause longer.
-        let mut shells = pool::take(&runtime_dir(), &handover.machine, count).into_iter();
-        let mut children = (1..=count)
-            .map(|number| {
-                let name = name_of(request.name.as_deref(), number, count);
-                let shell = shells.next();
-                let shell = shell.map_or_else(|| new_shell(None, &self.reaper), Ok)?;
-                Unborn::new(name, number, shell)
-            })
-            .collect::<io::Result<Vec<_>>>()
-            .map_err(internal)?;
-        let point = freezing
-            .finish(&|| client_is_gone(client))
-            .map_err(refused)?;
         drop(machine);
         let files = point.files(origin);
-        if files.len() > FILES_MAX {
+        // The newest layer comes behind them.
+        if files.len() >= FILES_MAX {
             let message = "the sandbox's memory and drives rest on too many of those that it branched off: save it (vmm snapshot --full) and restore that";
             return Err(ErrorBody::new(ErrorCode::Conflict, message));
         }
         handover.moment = Some(point.moment);
         handover.disks = point.disks.iter().map(|disk| disk.parts).collect();
-        let mut send = |child: &mut Unborn| -> io::Result<()> {
-            if child.send(&mut handover, &files).is_err() {
-                // A shell of the pool may have died since.
-                child.replace(new_shell(None, &self.reaper)?)?;
-                child.send(&mut handover, &files)?;
-            }
-            Ok(())
+        // Their processes start while memory is written: before, they would have made the pause longer. What they need besides that they do meanwhile.
+        let layers = origin.map_or(&[][..], Chain::layers);
+        let mut taken = pool::take(&runtime_dir(), &handover.machine, layers, count);
+        let mut shells = taken.shells.drain(..);
+        let mut children = (1..=count)
+            .map(|number| {
+                let name = name_of(request.name.as_deref(), number, count);
+                let shell = shells.next();
+                let shell = shell.map_or_else(|| new_shell(&self.reaper), Ok)?;
+                Unborn::new(name, number, shell)
+            })
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(internal)?;
+        drop(shells);
+        let mut birth = Birth {
+            handover,
+            files,
+            reaper: &self.reaper,
         };
-        let at_once = host::processors() * AT_ONCE;
         for child in children.iter_mut().take(at_once) {
-            send(child).map_err(internal)?;
+            birth.begin(child).map_err(internal)?;
+        }
+        let PointMemory {
+            layer,
+            summary,
+            writer,
+            times,
+        } = freezing
+            .finish(&|| client_is_gone(client))
+            .map_err(refused)?;
+        let mut writer = Some(writer);
+        for child in children.iter_mut().take(at_once) {
+            birth.complete(child, &layer).map_err(internal)?;
         }
         let mut views = Vec::with_capacity(children.len());
         for number in 0..children.len() {
             let view = children[number].ready();
+            // Beside the answer, and not as long as the first children want the processors.
+            if let Some(writer) = writer.take() {
+                let end = std::thread::Builder::new().spawn(|| drop(writer));
+                end.map_err(internal)?;
+            }
             views.push(view.map_err(|why| ErrorBody::new(ErrorCode::Conflict, why))?);
             if client_is_gone(client) {
                 return Err(unwanted());
             }
             if let Some(next) = children.get_mut(number + at_once) {
-                send(next).map_err(internal)?;
+                let begun = birth.begin(next);
+                let completed = begun.and_then(|()| birth.complete(next, &layer));
+                completed.map_err(internal)?;
             }
         }
         let view = BranchView {
             children: views,
-            data_pages: point.summary.data_pages,
-            zero_pages: point.summary.zero_pages,
-            state_us: micros(point.times.state),
-            freeze_us: micros(point.times.freeze),
-            pause_us: micros(point.times.pause),
-            written_us: micros(point.times.total),
+            data_pages: summary.data_pages,
+            zero_pages: summary.zero_pages,
+            state_us: micros(times.state),
+            freeze_us: micros(times.freeze),
+            pause_us: micros(times.pause),
+            written_us: micros(times.total),
             total_us: micros(start.elapsed()),
         };
         let phases = [
@@ -218,6 +283,10 @@ impl Control {
         ];
         self.metrics.took("branch", &phases);
         self.metrics.add_children(children.len());
-        Ok((children, view))
+        Ok(Conceived {
+            children,
+            view,
+            taken,
+        })
     }
 }

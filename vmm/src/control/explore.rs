@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
+use super::branch::Conceived;
 use super::client::Lines;
 use super::exec::check;
 use super::http::Chunks;
@@ -234,7 +235,11 @@ impl Control {
             name: body.name.clone(),
             ..BranchRequest::default()
         };
-        let (children, view) = self.conceive(request, None, stream)?;
+        let Conceived {
+            children,
+            view,
+            taken: _taken,
+        } = self.conceive(request, None, stream)?;
         let started = stream
             .set_write_timeout(None)
             .and_then(|()| Chunks::start(stream, "application/x-ndjson"));

@@ -65,9 +65,10 @@ impl Control {
         self.snapshots.change_past(|past| {
             let (to, base) = self.target(past, request.snapshot.as_deref())?;
             let is_origin = past.began.as_ref().is_some_and(|began| same(began, &to));
+            let pages = (!is_origin).then(|| to.pages()).transpose();
             let moment = Moment {
                 state: Arc::clone(&to.state),
-                pages: (!is_origin).then(|| to.pages()),
+                pages: pages.map_err(internal)?,
                 backings: to.backings.clone(),
                 dir: self.paths.dir().to_owned(),
             };
@@ -139,7 +140,7 @@ impl Control {
 /// Whether both are the same moment.
 fn same(one: &Arc<Saved>, other: &Arc<Saved>) -> bool {
     let id = |saved: &Saved| saved.base.as_ref().map(|base| base.held.snapshot().id());
-    let depth = |saved: &Saved| saved.memory.layers().len();
+    let depth = |saved: &Saved| saved.memory.known().map(|chain| chain.layers().len());
     Arc::ptr_eq(one, other)
         || id(one).is_some() && id(one) == id(other) && depth(one) == depth(other)
 }

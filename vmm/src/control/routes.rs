@@ -1,5 +1,6 @@
 //! What the API does: one function for each path and method.
 
+use std::fmt::Display;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,6 +22,7 @@ use crate::devices::virtio::blk::allowance::Allowance;
 use crate::exit::{ExitLatch, ExitReason};
 use crate::machine::{Machine, RunState};
 use crate::metrics::{Facts, Metrics};
+use crate::pager::own_pages;
 use crate::process_memory::{private_bytes, resident_bytes};
 use crate::reaper::Reaper;
 use crate::sandbox::SandboxPaths;
@@ -195,12 +197,15 @@ impl Control {
     }
 
     /// A connection to try a program by. Others have one of their own, for a child or a snapshot could not keep one that is at work; before anybody can want
-    /// one of those, the one that there is does, at none of the cost.
-    fn agent_for_trial(&self) -> Result<Agent, ErrorBody> {
-        match self.agent() {
-            Some(agent) if self.unborn.load(Ordering::SeqCst) => Ok(agent),
-            _ => super::exec::connect(&self.paths),
-        }
+    /// one of those, the one that there is does, at none of the cost. A guest that stands still until somebody wants it goes on.
+    fn agent_for_trial(&self) -> Option<Agent> {
+        let agent = self.agent()?;
+        let machine = self.machine().ok()?;
+        let is_unborn = self.unborn.load(Ordering::SeqCst);
+        is_unborn.then(|| {
+            machine.resume();
+            agent
+        })
     }
 
     /// A stop was asked for: an end that the guest makes itself is what was wanted.
@@ -360,15 +365,16 @@ fn explore(
 
 fn exec(control: &Control, request: &Request, stream: &mut UnixStream) -> Result<Reply, ErrorBody> {
     refuse_while_stopping(control)?;
-    if control.machine()?.state() == RunState::Paused {
-        let message = "the sandbox is paused: POST /v1/resume first";
-        return Err(ErrorBody::new(ErrorCode::Conflict, message));
-    }
     let body = body(request)?;
     super::exec::check(&body)?;
-    let agent = match &*request.query {
-        TRIAL => control.agent_for_trial()?,
-        _ => super::exec::connect(&control.paths)?,
+    let trial = (request.query == TRIAL).then(|| control.agent_for_trial());
+    let agent = match trial.flatten() {
+        Some(agent) => agent,
+        None if control.machine()?.state() == RunState::Paused => {
+            let message = "the sandbox is paused: POST /v1/resume first";
+            return Err(ErrorBody::new(ErrorCode::Conflict, message));
+        }
+        None => super::exec::connect(&control.paths)?,
     };
     super::exec::exec(&agent, &control.record, &body, stream).map(|()| Reply::Sent)
 }
@@ -410,7 +416,11 @@ fn console(
 }
 
 fn metrics(control: &Control, _: &Request, _: &mut UnixStream) -> Result<Reply, ErrorBody> {
-    let pager = control.machine()?.pager();
+    let internal = |error: &dyn Display| ErrorBody::new(ErrorCode::Internal, error.to_string());
+    let machine = control.machine()?;
+    let pager = machine.pager();
+    let chain = pager.as_ref().map(|pager| &**pager.chain());
+    let own_pages = own_pages(machine.memory(), chain);
     let facts = Facts {
         id: &control.record.id,
         name: &control.record.name,
@@ -418,10 +428,11 @@ fn metrics(control: &Control, _: &Request, _: &mut UnixStream) -> Result<Reply, 
         resident_bytes: resident_bytes(),
         private_bytes: private_bytes(std::process::id()),
         start: control.timings.all(),
+        own_pages: own_pages.map_err(|error| internal(&error))?,
         pager: pager.map(|pager| pager.stats()),
     };
     let text = control.metrics.text(facts);
-    let text = text.map_err(|error| ErrorBody::new(ErrorCode::Internal, error.to_string()))?;
+    let text = text.map_err(|error| internal(&error))?;
     Ok(Reply::Text(METRICS_TYPE, text))
 }
 

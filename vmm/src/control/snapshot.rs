@@ -48,7 +48,8 @@ pub struct Past {
 impl Past {
     /// What its memory began with.
     pub fn origin(&self) -> Option<&Chain> {
-        self.began.as_ref().map(|saved| &*saved.memory)
+        let memory = self.began.as_ref()?.memory.known()?;
+        Some(memory)
     }
 }
 
@@ -125,6 +126,7 @@ impl Snapshots {
                 origin: past.origin(),
                 parent: base.map(|parent| &*parent.snapshot.chains.memory),
                 covered: base.map_or(0, |parent| parent.covered),
+                in_memory: false,
             },
             parent_disks: base.map(|parent| &parent.snapshot.chains.disks),
             parent: base.map(|parent| parent.snapshot.held.snapshot().id()),

@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+pub mod boot_processor;
 pub mod decoy;
 mod kick;
 pub mod platform;

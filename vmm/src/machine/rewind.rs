@@ -19,7 +19,7 @@ use crate::devices::live::RewindDevicesError;
 use crate::devices::virtio::blk::Disk;
 use crate::devices::virtio::blk::stack::Backing;
 use crate::exit::{ExitLatch, ExitReason};
-use crate::kvm::{KvmError, decoy::Decoy, platform};
+use crate::kvm::{KvmError, boot_processor::OnBootProcessor, decoy::Decoy, platform};
 use crate::memory::{self, GuestMemory};
 use crate::pager::{Pager, PagerError, Pages};
 use crate::sys::overlay::lay_zeros_over;
@@ -128,6 +128,8 @@ impl Machine {
         if let Some((&drive, _)) = self.devices.disks.iter().find(users_file) {
             return Err(RewindError::UsersFile(drive));
         }
+        // For what `forget_shadows` waits for. To get there is no part of the pause.
+        let _there = self.software.then(OnBootProcessor::go);
         let mut state = self.lock();
         if self.exit.get().is_some() {
             return Err(RewindError::Over);

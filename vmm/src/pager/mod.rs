@@ -11,6 +11,7 @@
 //!
 //! What no layer has is anonymous memory, which is zero already. A chain of any depth comes down to the same merged runs.
 
+mod ahead;
 #[cfg(test)]
 mod cost;
 mod lost;
@@ -32,6 +33,9 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use snapshot_fmt::chain::Chain;
 use thiserror::Error;
+
+pub use self::ahead::{Ahead, are_one};
+pub use self::map::{OwnPages, own_pages};
 
 use self::lost::LostPages;
 use self::replay::Progress;
@@ -90,6 +94,9 @@ pub enum PagerError {
         "its memory is brought by faults, and cannot be taken back in place: restore it with --pages map, or anew"
     )]
     RewindFaults,
+    /// What was laid over memory ahead cannot be taken away.
+    #[error("cannot make memory zeros again: {0}")]
+    Clear(io::Error),
     /// Memory cannot be taken back.
     #[error("cannot put its pages back: {0}")]
     Rewind(io::Error),
@@ -156,18 +163,25 @@ enum Way {
 impl Pager {
     /// Makes `memory`, which nobody has touched, that of the snapshot. A page that cannot be had later on is written to `exit`.
     pub fn start(pages: Pages, memory: &GuestMemory, exit: &ExitLatch) -> Result<Self, PagerError> {
+        Self::start_with(None, pages, memory, exit)
+    }
+
+    /// The same, where some of it may lie there already.
+    pub fn start_with(
+        ahead: Option<Ahead>,
+        pages: Pages,
+        memory: &GuestMemory,
+        exit: &ExitLatch,
+    ) -> Result<Self, PagerError> {
         let Pages {
             chain,
             mode,
             working_set,
         } = pages;
-        let machine = memory::total_pages(memory);
-        if chain.total_pages() != machine {
-            let saved = chain.total_pages();
-            return Err(PagerError::Size { saved, machine });
-        }
+        check_size(&chain, memory)?;
+        let laid = ahead.map_or(Ok(0), |ahead| ahead.laid_of(&chain, mode, memory))?;
         let way = match mode {
-            Mode::Map => Way::Mapped(MapPager::start(&chain, working_set, memory, exit)?),
+            Mode::Map => Way::Mapped(MapPager::start(&chain, laid, working_set, memory, exit)?),
             Mode::Fault => Way::Faults(FaultPager::start(&chain, working_set, memory, exit)?),
         };
         Ok(Self { chain, way })
@@ -239,6 +253,15 @@ impl Pager {
     }
 }
 
+/// Refuses the pages of a machine of another size.
+fn check_size(chain: &Chain, memory: &GuestMemory) -> Result<(), PagerError> {
+    let (saved, machine) = (chain.total_pages(), memory::total_pages(memory));
+    if saved == machine {
+        return Ok(());
+    }
+    Err(PagerError::Size { saved, machine })
+}
+
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, PagerError> {
     let thread = Builder::new().name(name.to_owned()).stack_size(STACK_SIZE);
     thread.spawn(work).map_err(PagerError::Start)
@@ -254,11 +277,12 @@ struct MapPager {
 impl MapPager {
     fn start(
         chain: &Arc<Chain>,
+        laid: usize,
         working_set: Vec<u64>,
         memory: &GuestMemory,
         exit: &ExitLatch,
     ) -> Result<Self, PagerError> {
-        map::map(chain, memory)?;
+        map::map(chain, laid, memory)?;
         let lost = LostPages::watch(chain, Space::of(memory), exit)?;
         let replay = Arc::new(Progress::default());
         let thread = if working_set.is_empty() {

@@ -9,7 +9,7 @@ use snapshot_fmt::{PAGE_SIZE, Page};
 use tempfile::NamedTempFile;
 use vm_memory::Bytes;
 
-use super::{Mode, Pager, Pages};
+use super::{Ahead, Mode, Pager, Pages};
 use crate::exit::ExitLatch;
 use crate::memory::{self, GuestMemory};
 
@@ -85,14 +85,25 @@ pub struct Restored {
 }
 
 pub fn restore(chain: &Arc<Chain>, mode: Mode, working_set: Vec<u64>) -> Restored {
+    restore_over(None, chain, mode, working_set)
+}
+
+/// The same, where `ahead` was laid over memory before.
+pub fn restore_over(
+    ahead: Option<Arc<Chain>>,
+    chain: &Arc<Chain>,
+    mode: Mode,
+    working_set: Vec<u64>,
+) -> Restored {
     let memory = guest(chain.total_pages());
+    let ahead = ahead.map(|ahead| Ahead::lay(Arc::into_inner(ahead).unwrap(), &memory).unwrap());
     let exit = ExitLatch::new().unwrap();
     let pages = Pages {
         chain: Arc::clone(chain),
         mode,
         working_set,
     };
-    let pager = Pager::start(pages, &memory, &exit).unwrap();
+    let pager = Pager::start_with(ahead, pages, &memory, &exit).unwrap();
     pager.guest_starts().unwrap();
     Restored {
         memory,

@@ -9,8 +9,10 @@ use snapshot_fmt::chain::Chain;
 use snapshot_fmt::layer::{Layer, offset_of_stored};
 use tempfile::NamedTempFile;
 
-use super::testing::{Random, Restored, chain, content, guest, layer, read, restore, touch, write};
-use super::{Mode, PagerError, Pages};
+use super::testing::{
+    Random, Restored, chain, content, guest, layer, read, restore, restore_over, touch, write,
+};
+use super::{Mode, OwnPages, PagerError, Pages, own_pages};
 use crate::exit::{ExitLatch, ExitReason};
 use crate::snapshot::memory_layer::{LayerInProgress, Lineage};
 use crate::sys::fork::Child;
@@ -47,7 +49,18 @@ fn agrees_with_model(seed: u64, mode: Mode) {
     let (files, contents) = random_chain(&mut random);
     let total = contents.len() as u64;
     let working_set = (0..random.below(total + 1)).map(|_| random.below(total));
-    let restored = restore(&chain(&files), mode, working_set.collect());
+    let working_set = working_set.collect();
+    // Some of its layers may lie there already, or others.
+    let others = layer(&vec![9; contents.len()], None);
+    let ahead = match random.below(4) {
+        0 => None,
+        1 => Some(chain([&others])),
+        2 => Some(chain(files.iter().chain([&others]))),
+        _ => Some(chain(
+            &files[..=usize::try_from(random.below(files.len() as u64)).unwrap()],
+        )),
+    };
+    let restored = restore_over(ahead, &chain(&files), mode, working_set);
     let memory = &restored.memory;
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
@@ -187,6 +200,27 @@ fn a_working_set_is_read_where_memory_is_mapped() {
         assert!(Instant::now() < deadline, "nothing is read");
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn what_is_a_guests_own_is_told_by_what_it_was() {
+    let contents = [0, 1, 2, 3, 0, 0, 4, 0];
+    let files = [layer(&contents, None)];
+    let chain = chain(&files);
+    let restored = restore(&chain, Mode::Map, Vec::new());
+    let own = || own_pages(&restored.memory, Some(&chain)).unwrap();
+    assert_eq!(own(), OwnPages::default());
+    for page in [2, 3, 4, 7] {
+        touch(&restored.memory, page - 1);
+        write(&restored.memory, page, &content(9));
+    }
+    let (copied, zeros) = (2, 2);
+    assert_eq!(own(), OwnPages { copied, zeros });
+    let (copied, zeros) = (0, 4);
+    let of_zeros = own_pages(&restored.memory, None).unwrap();
+    assert_eq!(of_zeros, OwnPages { copied, zeros });
+    restored.pager.rewind(&restored.memory).unwrap();
+    assert_eq!(own(), OwnPages::default());
 }
 
 /// A layer of `pages` pages, the stored page `bad` of which is another than its hash says.

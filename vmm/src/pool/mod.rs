@@ -2,13 +2,15 @@
 //! is done before anybody asks. Whoever needs children or restores a snapshot asks the user's pool, if there is one, and starts a process itself for what that
 //! does not have. A shell serves one sandbox, once.
 //!
-//! The pool listens on `pool.sock` in the directory of the sandboxes. A client sends one line of JSON, a [`Wanted`]; the pool answers with a byte and a
-//! connected socket for each shell that it gives, and closes. On that socket the shell is handed what it is to be ([`crate::handover`]).
+//! The pool listens on `pool.sock` in the directory of the sandboxes. A client sends a [`Wanted`], with the layers that memory will begin with ([`crate::message`]); the
+//! pool answers with a byte and a connected socket for each shell that it gives, and a byte more. On that socket the shell is handed what it is to be ([`crate::handover`]).
+//! The shells that are made next have those layers laid over their memory already. None is made before the client closes, for a while: it is at work with those that it got.
 
 pub mod demand;
 pub mod server;
 
-use std::io::{self, IoSlice, IoSliceMut, Write};
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -24,9 +26,11 @@ use rustix::net::{
     socket_with,
 };
 use serde::{Deserialize, Serialize};
+use snapshot_fmt::layer::Layer;
 use snapshot_fmt::manifest::{KernelFile, Machine};
 
 use crate::confinement::is_confined;
+use crate::message;
 use crate::reaper::Reaper;
 
 /// How long a pool may take for each step of an answer. One that is slower is worse than none.
@@ -67,10 +71,19 @@ pub fn socket_in(dir: &Path) -> PathBuf {
     dir.join("pool.sock")
 }
 
-/// Takes shells for `machine` from the pool in `dir`, `count` at most. There may be none, for whatever reason.
-pub fn take(dir: &Path, machine: &Machine, count: u32) -> Vec<UnixStream> {
+/// Shells that a pool has given. It makes no others as long as this is kept, within bounds: they would take the processors from these.
+#[derive(Default)]
+pub struct Taken {
+    /// They, ready. There may be fewer than were wanted, or none, for whatever reason.
+    pub shells: Vec<UnixStream>,
+    _pool: Option<UnixStream>,
+}
+
+/// Takes shells for `machine`, whose memory will begin with `layers`, from the pool in `dir`, `count` at most.
+pub fn take(dir: &Path, machine: &Machine, layers: &[Layer], count: u32) -> Taken {
     let mut shells = Vec::new();
-    if let Err(error) = take_into(&mut shells, dir, machine, count)
+    let pool = take_into(&mut shells, dir, machine, layers, count);
+    if let Err(error) = &pool
         && !matches!(
             error.kind(),
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
@@ -78,16 +91,20 @@ pub fn take(dir: &Path, machine: &Machine, count: u32) -> Vec<UnixStream> {
     {
         log::warn!("the pool of shells does not answer: {error}");
     }
-    shells
+    Taken {
+        shells,
+        _pool: pool.ok(),
+    }
 }
 
 fn take_into(
     shells: &mut Vec<UnixStream>,
     dir: &Path,
     machine: &Machine,
+    layers: &[Layer],
     count: u32,
-) -> io::Result<()> {
-    let mut pool = connect(&socket_in(dir))?;
+) -> io::Result<UnixStream> {
+    let pool = connect(&socket_in(dir))?;
     pool.set_read_timeout(Some(PATIENCE))?;
     pool.set_write_timeout(Some(PATIENCE))?;
     let wanted = Wanted {
@@ -95,15 +112,12 @@ fn take_into(
         count,
         program: program()?,
     };
-    let mut line = serde_json::to_vec(&wanted)?;
-    line.push(b'\n');
-    pool.write_all(&line)?;
-    while shells.len() < count as usize
-        && let Some(shell) = receive(&pool)?
-    {
+    let files: Vec<_> = layers.iter().map(Layer::file).collect();
+    message::send(&pool, &wanted, &files)?;
+    while let Some(shell) = receive(&pool)? {
         shells.push(UnixStream::from(shell));
     }
-    Ok(())
+    Ok(pool)
 }
 
 /// Connects without waiting: a pool that does not accept is none.
@@ -138,18 +152,24 @@ fn receive(pool: &UnixStream) -> io::Result<Option<OwnedFd>> {
     Ok(fd.filter(|_| received.bytes > 0))
 }
 
-/// Starts a shell, for which a machine of this kind is made ahead.
-pub fn new_shell(machine: Option<&Machine>, reaper: &Reaper) -> io::Result<UnixStream> {
+/// Starts a shell.
+pub fn new_shell(reaper: &Reaper) -> io::Result<UnixStream> {
+    start_shell(&[], reaper)
+}
+
+/// Starts a shell that makes a machine of this kind ahead, with `layers` over its memory.
+fn new_shell_for(machine: &Machine, layers: &[File], reaper: &Reaper) -> io::Result<UnixStream> {
+    let socket = start_shell(&["--ahead"], reaper)?;
+    message::send(&socket, machine, &layers.iter().collect::<Vec<_>>())?;
+    Ok(socket)
+}
+
+fn start_shell(args: &[&str], reaper: &Reaper) -> io::Result<UnixStream> {
     let (socket, theirs) = UnixStream::pair()?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg("shell");
+    command.arg("shell").args(args);
     if is_confined() {
         command.arg("--confined");
-    }
-    if let Some(machine) = machine {
-        command
-            .arg("--machine")
-            .arg(serde_json::to_string(machine)?);
     }
     let process = command
         .stdin(OwnedFd::from(theirs))
@@ -162,12 +182,14 @@ pub fn new_shell(machine: Option<&Machine>, reaper: &Reaper) -> io::Result<UnixS
     Ok(socket)
 }
 
-/// Gives a shell to a client.
-fn give(client: &UnixStream, shell: BorrowedFd<'_>) -> io::Result<()> {
-    let fds = [shell];
+/// Gives a shell to a client, or says that there are no more.
+fn give(client: &UnixStream, shell: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let fds = shell.as_slice();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut rights = SendAncillaryBuffer::new(&mut space);
-    rights.push(SendAncillaryMessage::ScmRights(&fds));
+    if !fds.is_empty() {
+        rights.push(SendAncillaryMessage::ScmRights(fds));
+    }
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     sendmsg(client, &[IoSlice::new(b"s")], &mut rights, flags)?;
     Ok(())

@@ -16,9 +16,10 @@ use snapshot_fmt::state::machine::MachineState;
 use snapshot_fmt::state_file;
 
 use super::SnapshotError;
-use super::memory_layer::Lineage;
+use super::memory::Memory;
+use super::memory_layer::{LayerInProgress, Lineage};
 use super::restore::{Base, Saved};
-use super::save::{self, Frozen, Times};
+use super::save::{self, Clock, Times};
 use super::shared_disk::{DiskParts, DiskToShare, FrozenBacking, SharedDisk};
 use crate::agent::Agent;
 use crate::devices::virtio::blk::allowance::Allowance;
@@ -26,19 +27,23 @@ use crate::machine::Machine;
 use crate::pager::Mode;
 use crate::sys::fork::Child;
 
-/// A machine's moment.
+/// A machine's moment, but for its memory.
 pub struct Point {
     /// A state file.
     pub state: File,
-    /// The layer over what memory began with.
-    pub memory: File,
     /// The disks that the guest may write to.
     pub disks: Vec<SharedDisk>,
     /// When it was: [`Saved::moment`].
     pub moment: u64,
+}
+
+/// The memory of a machine's moment.
+pub struct PointMemory {
+    /// The layer over what memory began with.
+    pub layer: File,
     /// What that came to.
     pub summary: LayerSummary,
-    /// The process that has written the memory, which is waited for when this is dropped.
+    /// The process that has written it, which ends when this is dropped.
     pub writer: Child,
     /// How long it took.
     pub times: Times,
@@ -57,10 +62,11 @@ fn file_of(name: &str) -> Result<File, SnapshotError> {
     })
 }
 
-/// A moment of which the memory is still being written. The machine runs on already.
+/// The memory of a moment that is still being written. The machine runs on already.
 pub struct Freezing {
-    frozen: Frozen<Vec<FrozenBacking>>,
-    memory: File,
+    layer: File,
+    memory: LayerInProgress,
+    clock: Clock,
 }
 
 /// Freezes `machine`, whose memory began with `origin`. It stands still for its state only. What its disks are is kept in the file system of `dir`, under no
@@ -72,48 +78,53 @@ pub fn freeze(
     dir: &Path,
     name: &str,
     allowance: &Arc<Allowance>,
-) -> Result<Freezing, SnapshotError> {
-    let memory = file_of(MEMORY)?;
+) -> Result<(Point, Freezing), SnapshotError> {
+    let layer = file_of(MEMORY)?;
     let disks = DiskToShare::all(machine.disks(), dir, name, allowance)?;
-    let lineage = Lineage::over_origin(origin);
-    let frozen = save::freeze(machine, agent, &memory, Path::new(MEMORY), lineage, || {
-        disks.into_iter().map(DiskToShare::freeze).collect()
+    let lineage = Lineage::for_children(origin);
+    let frozen = save::freeze(machine, agent, &layer, Path::new(MEMORY), lineage, || {
+        disks
+            .into_iter()
+            .map(DiskToShare::freeze)
+            .collect::<Vec<_>>()
     })?;
-    Ok(Freezing { frozen, memory })
+    let state = file_of(STATE)?;
+    state_file::write(&state, Path::new(STATE), &frozen.state)?;
+    let disks = frozen.disks.into_iter().map(FrozenBacking::pack);
+    let point = Point {
+        state,
+        disks: disks.collect::<Result<_, _>>()?,
+        moment: frozen.moment,
+    };
+    let freezing = Freezing {
+        layer,
+        memory: frozen.memory,
+        clock: frozen.clock,
+    };
+    Ok((point, freezing))
 }
 
 impl Freezing {
-    /// Waits until everything is written, or `is_given_up` says that nobody wants it any more.
-    pub fn finish(self, is_given_up: &dyn Fn() -> bool) -> Result<Point, SnapshotError> {
-        let Self { frozen, memory } = self;
-        let state = file_of(STATE)?;
-        state_file::write(&state, Path::new(STATE), &frozen.state)?;
-        let disks = frozen.disks.into_iter().map(FrozenBacking::pack);
-        let disks = disks.collect::<Result<_, _>>()?;
-        let (summary, writer) = frozen
-            .memory
-            .finish(is_given_up)
-            .map_err(SnapshotError::Memory)?;
-        Ok(Point {
-            state,
-            memory,
-            disks,
-            moment: frozen.moment,
+    /// Waits until memory is written, or `is_given_up` says that nobody wants it any more.
+    pub fn finish(self, is_given_up: &dyn Fn() -> bool) -> Result<PointMemory, SnapshotError> {
+        let written = self.memory.finish(is_given_up);
+        let (summary, writer) = written.map_err(SnapshotError::Memory)?;
+        Ok(PointMemory {
+            layer: self.layer,
             summary,
             writer,
-            times: frozen.clock.stop(),
+            times: self.clock.stop(),
         })
     }
 }
 
 impl Point {
-    /// The files that a child needs, whose parent's memory began with `origin`: [`Begun::files`].
+    /// The files that a child needs besides the newest layer, whose parent's memory began with `origin`: [`Begun::files`].
     pub fn files<'a>(&'a self, origin: Option<&'a Chain>) -> Vec<&'a File> {
         let layers = origin.map_or(&[][..], Chain::layers).iter();
         [&self.state]
             .into_iter()
             .chain(layers.map(|layer| layer.file()))
-            .chain([&self.memory])
             .chain(self.disks.iter().flat_map(SharedDisk::files))
             .collect()
     }
@@ -129,12 +140,28 @@ pub struct Begun {
     pub warm: Option<Warm>,
     /// A state file; the layers of its memory, the root first; those of its disks.
     pub files: Vec<File>,
+    /// Waits for the newest layer of its memory, where it comes behind the others.
+    pub newest: Option<Box<dyn FnOnce() -> io::Result<File> + Send>>,
     /// Its disks, but for those that are as the snapshot has them.
     pub disks: Vec<DiskParts>,
     /// The snapshot that the first layers are.
     pub base: Option<Base>,
     /// When that was: [`Saved::moment`].
     pub moment: Option<u64>,
+}
+
+/// Opens layers of memory, the root first, and checks them.
+pub fn open_layers(files: impl IntoIterator<Item = File>) -> Result<Chain, SnapshotError> {
+    let layers = files.into_iter().map(open_layer);
+    chain_of(layers.collect::<Result<_, _>>()?)
+}
+
+fn open_layer(file: File) -> Result<Layer, SnapshotError> {
+    Ok(Layer::open_handed(file, Path::new(MEMORY))?)
+}
+
+fn chain_of(layers: Vec<Layer>) -> Result<Chain, SnapshotError> {
+    Chain::new(layers).map_err(|error| SnapshotError::Memory(io::Error::other(error)))
 }
 
 impl Begun {
@@ -145,6 +172,7 @@ impl Begun {
             programs,
             warm,
             mut files,
+            newest,
             disks,
             base,
             moment,
@@ -160,11 +188,17 @@ impl Begun {
         let mut files = files.into_iter();
         let state = files.next().ok_or_else(|| wrong("it has no state"))?;
         let (state, _): (MachineState, _) = state_file::read(state, Path::new(STATE))?;
-        let layers = files
-            .map(|file| Layer::open(file, Path::new(MEMORY)))
-            .collect::<Result<_, _>>()?;
-        let chain =
-            Chain::new(layers).map_err(|error| SnapshotError::Memory(io::Error::other(error)))?;
+        let memory = match newest {
+            None => Arc::new(open_layers(files)?).into(),
+            Some(newest) => {
+                // Those that are there are looked at meanwhile.
+                let mut layers = files.map(open_layer).collect::<Result<Vec<_>, _>>()?;
+                Memory::late(move || {
+                    layers.push(open_layer(newest().map_err(SnapshotError::Memory)?)?);
+                    chain_of(layers)
+                })
+            }
+        };
         let mut backings = base.as_ref().map(Base::backings).unwrap_or_default();
         for disk in disks {
             let below = backings.remove(&disk.drive);
@@ -173,7 +207,7 @@ impl Begun {
         }
         Ok(Saved {
             state: Arc::new(state),
-            memory: Arc::new(chain),
+            memory,
             backings,
             mode: Mode::Map,
             machine,

@@ -2,7 +2,7 @@
 //!
 //! A fork of the monitor has all of guest memory as it is, copy-on-write, for the price of copying page tables: that is all
 //! the machine has to stand still for. The child finds the pages that may differ from what memory began with, by
-//! their being private copies (`/proc/self/pagemap`), and writes those that are neither zero nor the parent's. Pages that
+//! their being private copies (`/proc/self/pagemap`), and writes those that are neither zero nor the parent's (for a machine's children, whatever the parent has). Pages that
 //! were never touched, or only read, are what they were.
 //!
 //! Nothing of the running machine depends on the child: it may fail or be killed at any time.
@@ -41,6 +41,8 @@ pub struct Lineage<'a> {
     /// How many of the origin's layers, from the root on, `parent` makes up for: it has them too, or was saved of this machine.
     /// What the others hold belongs into the layer although nobody has written to it.
     pub covered: usize,
+    /// The layer is for memory: what was written to is taken to differ from the parent's, and nothing is hashed.
+    pub in_memory: bool,
 }
 
 impl<'a> Lineage<'a> {
@@ -50,6 +52,15 @@ impl<'a> Lineage<'a> {
             origin,
             parent: origin,
             covered: usize::MAX,
+            in_memory: false,
+        }
+    }
+
+    /// The same, as soon as it can be had.
+    pub fn for_children(origin: Option<&'a Chain>) -> Self {
+        Self {
+            in_memory: true,
+            ..Self::over_origin(origin)
         }
     }
 
@@ -98,13 +109,19 @@ impl LayerInProgress {
                 line.push(b'\n');
                 (&question).write_all(&line).is_ok()
             });
-            u8::from(!sent)
+            // To take its memory down takes a millisecond, which who has the answer has better uses for. Where that could not be sent, its end is the answer.
+            if sent {
+                loop {
+                    rustix::event::pause();
+                }
+            }
+            1
         })?;
         Ok(Self { child, answer })
     }
 
     /// Waits until the layer is written and on the disk, or until `is_given_up` says, which is asked now and then, that nobody wants it any more. Returns the
-    /// process that has written it as well, which is ending, and is waited for when it is dropped: to take its memory down takes it a millisecond.
+    /// process that has written it as well, which has memory as it was until it is dropped: that ends it, and takes a millisecond.
     pub fn finish(mut self, is_given_up: impl Fn() -> bool) -> io::Result<(LayerSummary, Child)> {
         let mut line = Vec::new();
         while !line.ends_with(b"\n") {
@@ -126,12 +143,10 @@ impl LayerInProgress {
         match serde_json::from_slice(&line) {
             Ok(Answer::Written(summary)) => Ok((summary, self.child)),
             Ok(Answer::Failed(why)) => Err(io::Error::other(why)),
-            Err(_) => Err(io::Error::other(match self.child.wait()? {
-                Some(status) => {
-                    format!("the process that wrote the memory ended with status {status}")
-                }
-                None => "the process that wrote the memory was killed".to_owned(),
-            })),
+            // It was killed, by the kernel perhaps, or has panicked.
+            Err(_) => Err(io::Error::other(
+                "the process that was to write the memory ended before it had",
+            )),
         }
     }
 }
@@ -148,6 +163,10 @@ fn write(
     let pagemap = Pagemap::open().map_err(|error| error.to_string())?;
     let mut layer =
         DeltaWriter::new(file, path, total, lineage.parent).map_err(|error| error.to_string())?;
+    layer.join_runs();
+    if lineage.in_memory {
+        layer.in_memory();
+    }
     for (first_page, slice) in memory::pages(memory, 0, total) {
         let bytes = frozen.bytes(&slice);
         let address = bytes.as_ptr() as u64;
@@ -255,6 +274,27 @@ mod tests {
         let (layer, summary) = save(&memory, Lineage::default());
         assert_eq!((summary.data_pages, summary.zero_pages), (3, 0));
         assert_eq!(first_bytes(&restored(vec![layer])), first_bytes(&memory));
+    }
+
+    #[test]
+    fn runs_with_little_between_them_are_one() {
+        let memory = memory::create(&RAM).unwrap();
+        for page in [1, 4, 13, 23, 60, 66] {
+            fill(&memory, page, 1);
+        }
+        let (layer, summary) = save(&memory, Lineage::default());
+        let extents = layer.extents().iter();
+        let runs: Vec<_> = extents.map(|run| run.first_page..run.end()).collect();
+        assert_eq!(runs, [1..14, 23..24, 60..67]);
+        assert_eq!((summary.data_pages, summary.zero_pages), (21, 0));
+        let chain = Chain::new(vec![save(&memory, Lineage::default()).0]).unwrap();
+        // What is zero in both is in no difference.
+        fill(&memory, 2, 0);
+        fill(&memory, 4, 0);
+        let (difference, summary) = save(&memory, Lineage::over_origin(Some(&chain)));
+        assert_eq!((summary.data_pages, summary.zero_pages), (0, 1));
+        let restored = restored(vec![layer, difference]);
+        assert_eq!(first_bytes(&restored), first_bytes(&memory));
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub mod branch;
 pub mod chains;
 pub mod description;
 pub mod disk_layer;
+pub mod memory;
 pub mod memory_layer;
 pub mod restore;
 pub mod save;

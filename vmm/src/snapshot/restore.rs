@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use snapshot_fmt::chain::Chain;
 use snapshot_fmt::digest::Digest;
 use snapshot_fmt::manifest::{Machine as Description, Programs, Warm};
 use snapshot_fmt::snapshot::Snapshot;
 use snapshot_fmt::state::machine::MachineState;
 
 use super::chains::Chains;
+use super::memory::Memory;
 use super::{SnapshotError, description};
 use crate::builder::{SavedDisk, SavedDisks};
 use crate::config::{ConsoleConfig, VmConfig, VsockConfig};
@@ -24,7 +24,7 @@ pub struct Saved {
     /// All but memory and disks.
     pub state: Arc<MachineState>,
     /// Memory.
-    pub memory: Arc<Chain>,
+    pub memory: Memory,
     /// What the disks that the guest may write to rest on, by the numbers of their drives.
     pub backings: BTreeMap<usize, Backing>,
     /// How memory's pages come.
@@ -90,7 +90,7 @@ impl Saved {
         description::check_cpu(&snapshot.manifest().cpu, &description::cpu())?;
         Ok(Self {
             state: Arc::new(snapshot.state()?),
-            memory: Arc::clone(&base.chains.memory),
+            memory: Arc::clone(&base.chains.memory).into(),
             backings: base.backings(),
             mode,
             machine: snapshot.manifest().machine.clone(),
@@ -102,13 +102,13 @@ impl Saved {
         })
     }
 
-    /// Its memory, for a machine that goes on.
-    pub fn pages(&self) -> Pages {
-        Pages {
-            chain: Arc::clone(&self.memory),
+    /// Its memory, for a machine that goes on. It is waited for where it is on its way.
+    pub fn pages(&self) -> Result<Pages, SnapshotError> {
+        Ok(Pages {
+            chain: Arc::clone(self.memory.wait()?),
             mode: self.mode,
             working_set: self.working_set.clone().unwrap_or_default(),
-        }
+        })
     }
 
     /// The disks that its guest may write to, for a machine that goes on. What that writes is kept in the directory `dir`.

@@ -9,6 +9,8 @@ pub mod file_mapping;
 pub mod fork;
 pub mod heap;
 pub mod overlay;
+pub mod page_scan;
+pub mod stack;
 pub mod unread;
 pub mod userfaultfd;
 pub mod vectored;

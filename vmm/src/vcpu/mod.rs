@@ -20,33 +20,52 @@ pub use thread::{VcpuContext, VcpuThread};
 
 use state::VcpuStateError;
 
-/// Makes `cpus` processors, all of them as after a reset.
-pub fn create(kvm: &Kvm, vm: &VmFd, cpus: u8, software: bool) -> Result<Vec<VcpuFd>, KvmError> {
-    let cpuid = Cpuid::new(kvm, cpus, software)?;
-    (0..cpus)
-        .map(|id| create_one(vm, id, &cpuid.of(id)))
-        .collect()
+/// A processor that shows this host's CPUID to its guest, and has no state yet.
+pub struct NewVcpu {
+    vcpu: VcpuFd,
+    cpuid: Vec<kvm_cpuid_entry2>,
 }
 
-/// Makes the processors that were saved.
-pub fn restore(
-    kvm: &Kvm,
-    vm: &VmFd,
-    states: &[VcpuState],
-    software: bool,
-) -> Result<Vec<VcpuFd>, VcpuStateError> {
-    let cpus = u8::try_from(states.len()).unwrap_or(u8::MAX);
+/// Makes `cpus` processors.
+pub fn create(kvm: &Kvm, vm: &VmFd, cpus: u8, software: bool) -> Result<Vec<NewVcpu>, KvmError> {
     let cpuid = Cpuid::new(kvm, cpus, software)?;
-    (0..cpus)
-        .zip(states)
-        .map(|(id, saved)| {
-            let vcpu = vm
-                .create_vcpu(u64::from(id))
-                .map_err(call_failed("KVM_CREATE_VCPU"))?;
-            state::restore(&vcpu, saved, &cpuid.of(id))?;
-            Ok(vcpu)
-        })
-        .collect()
+    let one = |id| {
+        let vcpu = vm
+            .create_vcpu(u64::from(id))
+            .map_err(call_failed("KVM_CREATE_VCPU"))?;
+        let cpuid = cpuid.of(id);
+        set_cpuid(&vcpu, &cpuid)?;
+        Ok(NewVcpu { vcpu, cpuid })
+    };
+    (0..cpus).map(one).collect()
+}
+
+impl NewVcpu {
+    /// The processor as it is before a boot.
+    pub fn for_boot(self) -> Result<VcpuFd, KvmError> {
+        let vcpu = self.vcpu;
+        let boot_msrs = msrs::boot_msrs();
+        let msrs = Msrs::from_entries(&boot_msrs)
+            .map_err(|error| call_failed("KVM_SET_MSRS")(Error::other(format!("{error:?}"))))?;
+        let set = vcpu.set_msrs(&msrs).map_err(call_failed("KVM_SET_MSRS"))?;
+        if let Some(refused) = boot_msrs.get(set) {
+            let why = format!("MSR {:#x} was refused", refused.index);
+            return Err(call_failed("KVM_SET_MSRS")(Error::other(why)));
+        }
+        vcpu.set_fpu(&regs::entry_fpu())
+            .map_err(call_failed("KVM_SET_FPU"))?;
+        let mut lapic = vcpu.get_lapic().map_err(call_failed("KVM_GET_LAPIC"))?;
+        regs::set_virtual_wire(&mut lapic);
+        vcpu.set_lapic(&lapic)
+            .map_err(call_failed("KVM_SET_LAPIC"))?;
+        Ok(vcpu)
+    }
+
+    /// The processor that was saved, but for its model-specific registers.
+    pub fn restore(self, saved: &VcpuState) -> Result<VcpuFd, VcpuStateError> {
+        state::restore(&self.vcpu, saved, &self.cpuid)?;
+        Ok(self.vcpu)
+    }
 }
 
 /// What the processors of a machine say of themselves.
@@ -71,29 +90,6 @@ impl Cpuid {
     fn of(&self, id: u8) -> Vec<kvm_cpuid_entry2> {
         cpuid::for_vcpu(self.supported.as_slice().to_vec(), id, self.config)
     }
-}
-
-fn create_one(vm: &VmFd, id: u8, cpuid: &[kvm_cpuid_entry2]) -> Result<VcpuFd, KvmError> {
-    let vcpu = vm
-        .create_vcpu(u64::from(id))
-        .map_err(call_failed("KVM_CREATE_VCPU"))?;
-    set_cpuid(&vcpu, cpuid)?;
-
-    let boot_msrs = msrs::boot_msrs();
-    let msrs = Msrs::from_entries(&boot_msrs)
-        .map_err(|error| call_failed("KVM_SET_MSRS")(Error::other(format!("{error:?}"))))?;
-    let set = vcpu.set_msrs(&msrs).map_err(call_failed("KVM_SET_MSRS"))?;
-    if let Some(refused) = boot_msrs.get(set) {
-        let why = format!("MSR {:#x} was refused", refused.index);
-        return Err(call_failed("KVM_SET_MSRS")(Error::other(why)));
-    }
-    vcpu.set_fpu(&regs::entry_fpu())
-        .map_err(call_failed("KVM_SET_FPU"))?;
-    let mut lapic = vcpu.get_lapic().map_err(call_failed("KVM_GET_LAPIC"))?;
-    regs::set_virtual_wire(&mut lapic);
-    vcpu.set_lapic(&lapic)
-        .map_err(call_failed("KVM_SET_LAPIC"))?;
-    Ok(vcpu)
 }
 
 fn set_cpuid(vcpu: &VcpuFd, entries: &[kvm_cpuid_entry2]) -> Result<(), KvmError> {

@@ -120,15 +120,13 @@ pub fn save(vcpu: &VcpuFd, id: u8, context: &SaveContext) -> Result<VcpuState, V
     })
 }
 
-/// Gives a new processor the saved state, all but its model-specific registers. `host` is what its CPUID would be for a new machine here; the guest has seen the saved
-/// one, so both must agree.
-pub fn restore(
+/// Gives a new processor the saved state, all but its model-specific registers. It shows the guest the CPUID `host`; the guest has seen the saved one, so both must agree.
+pub(super) fn restore(
     vcpu: &VcpuFd,
     state: &VcpuState,
     host: &[kvm_cpuid_entry2],
 ) -> Result<(), VcpuStateError> {
     check_cpuid(&state.cpuid, host)?;
-    super::set_cpuid(vcpu, host)?;
     if state.tsc_khz != 0 && vcpu.get_tsc_khz().is_ok_and(|khz| khz != state.tsc_khz) {
         vcpu.set_tsc_khz(state.tsc_khz)
             .map_err(call_failed("KVM_SET_TSC_KHZ"))?;
@@ -174,6 +172,9 @@ fn saved_entry(entry: &kvm_cpuid_entry2) -> CpuidEntry {
 
 fn check_cpuid(saved: &[CpuidEntry], host: &[kvm_cpuid_entry2]) -> Result<(), VcpuStateError> {
     let here: Vec<_> = host.iter().map(saved_entry).collect();
+    if saved == here {
+        return Ok(());
+    }
     let text = |entries: &[CpuidEntry], of: &CpuidEntry| {
         let same = |e: &&CpuidEntry| (e.function, e.index) == (of.function, of.index);
         entries
