@@ -125,3 +125,8 @@ point() {
     ln -sfn "$2" "$1.$$"
     mv -T "$1.$$" "$1"
 }
+
+# runtime_dir: makes a directory for sandboxes, in memory where it can, as /run mostly is, and prints it.
+runtime_dir() {
+    mktemp -d -p /dev/shm 2>/dev/null || mktemp -d
+}

@@ -151,6 +151,14 @@ pub fn process_state(pid: u64) -> Option<char> {
     stat.rsplit_once(") ")?.1.chars().next()
 }
 
+/// How long a process has had a processor, its threads together, in ticks of mostly 10 ms (proc(5), `utime` and `stime`).
+pub fn processor_time(pid: u64) -> Result<u64, Failed> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
+    let ticks = fields.split(' ').skip(11).take(2).map(str::parse::<u64>);
+    Ok(ticks.sum::<Result<_, _>>()?)
+}
+
 /// Waits until it is so; fails when that takes too long.
 pub fn wait_for(condition: impl Fn() -> Result<bool, Failed>) -> Result<(), Failed> {
     let deadline = Instant::now() + Duration::from_secs(60);

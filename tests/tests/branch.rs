@@ -55,6 +55,7 @@ fn main() -> ExitCode {
         test("a_pool_gives_its_processes_away", Guest, pool::serves),
         test("the_first_success_is_kept", Guest, explore::first_success),
         test("the_best_score_is_kept", Guest, explore::score),
+        test("who_waits_for_its_turn_stands_still", Guest, explore::turns),
         test(
             "nothing_is_left_of_what_nobody_waits_for",
             Guest,

@@ -1,5 +1,6 @@
 //! What the agent does for a guest that goes on from a snapshot. Here it is a guest of its own, which loses its connections by that.
 
+use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use libtest_mimic::Failed;
@@ -47,7 +48,11 @@ pub fn identity() -> Result<(), Failed> {
     })?;
     // Nothing is left of it but what it did; the other group is that of the one who asks.
     let look = format!("ls -d /sys/fs/cgroup/exec-* | wc -l; [ -d /proc/{pid} ] || echo reaped");
-    wait_until(Instant::now(), || Ok(ask(&agent, &look)? == "1\nreaped\n"))?;
+    wait_until(Instant::now(), || {
+        // It is removed while nothing happens.
+        sleep(Duration::from_millis(300));
+        Ok(ask(&agent, &look)? == "1\nreaped\n")
+    })?;
 
     let told = ask(&agent, "cat /etc/machine-id; hostname; date +%s")?;
     let mut lines = told.lines();
@@ -56,6 +61,11 @@ pub fn identity() -> Result<(), Failed> {
     let date: u64 = lines.next().unwrap_or_default().parse()?;
     let set = request.realtime_ns / 1_000_000_000;
     expect((set..set + 300).contains(&date), (set, date))?;
+    // The agent counts on its length.
+    let changes =
+        "exec 2>/dev/null; true >/etc/machine-id || echo kept; rm -f /etc/machine-id || echo kept";
+    let told = ask(&agent, changes)?;
+    expect(told == "kept\nkept\n", told)?;
 
     // What cannot be changes nothing, and the connection is none the worse for it.
     let wrong = RestoredRequest {

@@ -1,12 +1,21 @@
 //! `vmm explore`.
 
 use std::io::{BufRead, BufReader};
+use std::thread::sleep;
+use std::time::Duration;
 
 use libtest_mimic::Failed;
 use rustix::process::Signal;
-use tests::sandboxes::{Host, signal, wait_for};
+use tests::sandboxes::{Host, processor_time, signal, wait_for};
 
 use crate::guest::{python, read, start, write};
+
+/// A program that never rests for long.
+const RESTLESS: &str = "
+def turn():
+    while True: time.sleep(.02)
+go_on(turn)
+";
 
 /// What still runs is given up where one has won, and only that lives on.
 pub fn first_success() -> Result<(), Failed> {
@@ -102,6 +111,45 @@ pub fn score() -> Result<(), Failed> {
         &["explore", "one", "--", "true", "--", "--", "true"],
         &["nothing is between two --"],
     )
+}
+
+/// Where there are more than begin at once, those that wait for their turn leave the host's processors to others.
+pub fn turns() -> Result<(), Failed> {
+    let host = Host::new()?;
+    start(&host, "one")?;
+    python(&host, "one", RESTLESS)?;
+    let processors = std::thread::available_parallelism()?.get();
+    let mut explore = vec!["explore", "one", "-j", "1", "--json", "--", "sleep", "3"];
+    for _ in 0..2 * processors {
+        explore.extend(["--", "true"]);
+    }
+    let mut client = host.vmm(&explore).spawn()?;
+    let mut lines = BufReader::new(client.stdout.take().ok_or("no standard output")?).lines();
+    let mut next = || -> Result<serde_json::Value, Failed> {
+        let line = lines.next().ok_or("too few events")??;
+        Ok(serde_json::from_str(&line)?)
+    };
+    let branched = next()?;
+    let children = branched["branched"]["children"].as_array();
+    let last = children.and_then(|children| children.last());
+    let name = last.and_then(|last| last["name"].as_str());
+    let pid = host.pid(name.ok_or("no children")?)?;
+    // Its monitor may have something to do still.
+    sleep(Duration::from_millis(500));
+    let before = processor_time(pid)?;
+    sleep(Duration::from_secs(1));
+    let used = processor_time(pid)? - before;
+    if used > 0 {
+        return Err(format!("it has used {used} ticks of a processor").into());
+    }
+    for _ in 0..=2 * processors {
+        let result = next()?;
+        if result["result"]["ended"]["status"] != 0 {
+            return Err(format!("it did not run: {result}").into());
+        }
+    }
+    client.wait()?;
+    Ok(())
 }
 
 /// Whoever is killed, the client or the parent: the children go, too.

@@ -35,24 +35,23 @@ fn children(parent: u64) -> Result<Vec<u64>, Failed> {
     Ok(found)
 }
 
-/// Whether the shell has made all that it can: it waits for what it is to be, with KVM open.
+/// Whether the shell has made all that it can, its processors last: it waits for what it is to be.
 fn is_made(pid: u64) -> bool {
     let Ok(fds) = fs::read_dir(format!("/proc/{pid}/fd")) else {
         return false;
     };
-    let is_vm = |fd: fs::DirEntry| {
-        fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains("kvm-vm"))
+    let is_vcpu = |fd: fs::DirEntry| {
+        fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains("kvm-vcpu"))
     };
-    fds.flatten().any(is_vm)
+    fds.flatten().any(is_vcpu)
 }
 
-fn wait_for_shells(pool: u64) -> Result<Vec<u64>, Failed> {
+/// Waits until the pool has two shells besides those that it had, and were `taken`; returns them all.
+fn wait_for_shells(pool: u64, taken: &[u64]) -> Result<Vec<u64>, Failed> {
     wait_for(|| {
-        Ok(children(pool)?
-            .into_iter()
-            .filter(|&pid| is_made(pid))
-            .count()
-            >= 2)
+        let shells = children(pool)?;
+        let made = shells.iter().filter(|pid| !taken.contains(pid));
+        Ok(made.filter(|&&pid| is_made(pid)).count() >= 2)
     })?;
     // A moment for the last to have said so.
     std::thread::sleep(std::time::Duration::from_millis(300));
@@ -82,7 +81,7 @@ pub fn serves() -> Result<(), Failed> {
     let mut pool = pool(&host)?;
     let pid = u64::from(pool.id());
     host.refused(&["pool"], &["a pool is running already"])?;
-    let shells = wait_for_shells(pid)?;
+    let shells = wait_for_shells(pid, &[])?;
     let confined = filters(host.pid("one")?)?;
     host.ok(&["branch", "one", "kid", "-n", "3"])?;
     // One of them was started by another that is confined; a chain of such is not slower for it.
@@ -94,36 +93,50 @@ pub fn serves() -> Result<(), Failed> {
     for shell in &shells {
         filters(*shell)?;
     }
-    let taken = (1..=3)
+    let mut taken = (1..=3)
         .map(|number| host.pid(&format!("kid-{number}")))
         .collect::<Result<Vec<_>, _>>()?;
     if taken.iter().filter(|pid| shells.contains(pid)).count() != 2 {
         return Err(format!("the children are {taken:?}, the pool had {shells:?}").into());
     }
-    let shells = wait_for_shells(pid)?;
+    // The next have what their parent began with over their memory, which is right for its children, and not for a snapshot's.
+    let shells = wait_for_shells(pid, &taken)?;
+    for shell in shells.iter().filter(|pid| !taken.contains(pid)) {
+        if !fs::read_to_string(format!("/proc/{shell}/maps"))?.contains("memory.layer") {
+            return Err("a shell has nothing of what was asked for last".into());
+        }
+    }
+    host.ok(&["branch", "one", "kid-4"])?;
+    taken.push(host.pid("kid-4")?);
+    if !shells.contains(&host.pid("kid-4")?) {
+        return Err("the fourth child is no process of the pool".into());
+    }
+    let shells = wait_for_shells(pid, &taken)?;
     host.ok(&["restore", "s", "copy"])?;
+    taken.push(host.pid("copy")?);
     if !shells.contains(&host.pid("copy")?) {
         return Err("the restore did not take a process of the pool".into());
     }
     host.refused(&["restore", "s", "copy"], &["\"copy\" is running"])?;
     // A shell that is killed is replaced; the pool's death ends those that nobody has.
-    let shells = wait_for_shells(pid)?;
+    let shells = wait_for_shells(pid, &taken)?;
     let idle = |pid: &&u64| !taken.contains(pid);
     signal(*shells.iter().rfind(idle).ok_or("no shells")?, Signal::KILL)?;
-    let shells = wait_for_shells(pid)?;
+    let shells = wait_for_shells(pid, &taken)?;
     signal(pid, Signal::KILL)?;
     pool.wait()?;
-    let own = [taken, vec![host.pid("copy")?]].concat();
     wait_for(|| {
-        let idle = shells.iter().filter(|pid| !own.contains(pid));
+        let idle = shells.iter().filter(|pid| !taken.contains(pid));
         Ok(!idle.into_iter().any(|pid| is_made(*pid)))
     })?;
-    for name in ["kid-1", "kid-2", "kid-3", "copy"] {
+    for name in ["kid-1", "kid-2", "kid-3", "kid-4", "copy"] {
         if read(&host, name, "/tmp/file")? != b"before" {
             return Err(format!("{name} has another file").into());
         }
     }
-    python(&host, "kid-1", "print(1)")?;
+    for name in ["kid-1", "kid-4"] {
+        python(&host, name, "print(1)")?;
+    }
     // What a killed pool has left is in nobody's way.
     host.ok(&["branch", "one", "late"])?;
     let mut again = self::pool(&host)?;
@@ -131,5 +144,6 @@ pub fn serves() -> Result<(), Failed> {
     if !again.wait()?.success() {
         return Err("a pool that is told to end does not end well".into());
     }
-    remove(&host, &["one", "kid-1", "kid-2", "kid-3", "copy", "late"])
+    let all = ["one", "kid-1", "kid-2", "kid-3", "kid-4", "copy", "late"];
+    remove(&host, &all)
 }
