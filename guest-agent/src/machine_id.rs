@@ -2,7 +2,7 @@
 //!
 //! Its file is the agent's, mapped, and mounted over the one in /etc: so to change it is a store to memory, where to write a file is 2,000 instructions of
 //! the kernel that whoever asked for the copy waits for. The mount is read-only, as systemd's is for an id that is not to stay, and no other name leads to the
-//! file: nobody can cut it short under the mapping.
+//! file: only root, who can mount it anew, can cut it short under the mapping, and so ends this guest as by a reboot.
 #![allow(unsafe_code)]
 
 use std::ptr::{NonNull, null_mut};
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{Mode, OFlags, ftruncate, open, unlink};
 use rustix::io::{Errno, read};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
-use rustix::mount::{MountFlags, mount_bind, mount_remount};
+use rustix::mount::{MountFlags, UnmountFlags, mount_bind, mount_remount, unmount};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 const PATH: &str = "/etc/machine-id";
@@ -30,7 +30,8 @@ pub struct MachineId {
 }
 
 impl MachineId {
-    /// Mounts the agent's file where the id is looked for, with the id that the image has there; the guest gets one where it has none.
+    /// Mounts the agent's file where the id is looked for, with the id that the image has there; the guest gets one where it has none. One that has no place
+    /// for an id stays without.
     ///
     /// # Errors
     /// Those of the system calls.
@@ -39,11 +40,11 @@ impl MachineId {
             return Ok(());
         }
         let mode = Mode::from_raw_mode(0o444);
-        let image = open(
-            PATH,
-            OFlags::RDONLY | OFlags::CREATE | OFlags::CLOEXEC,
-            mode,
-        )?;
+        let flags = OFlags::RDONLY | OFlags::CREATE | OFlags::CLOEXEC;
+        let image = match open(PATH, flags, mode) {
+            Err(Errno::ROFS | Errno::NOENT) => return Ok(()),
+            image => image?,
+        };
         let mut line = [0; LINE + 1];
         let length = read(&image, &mut line)?;
         let id = match line.get(..length) {
@@ -58,13 +59,16 @@ impl MachineId {
         mapping.store(&id);
         mount_bind(OWN, PATH)?;
         let safe = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        mount_remount(PATH, MountFlags::BIND | MountFlags::RDONLY | safe, "")?;
-        unlink(OWN)?;
+        let closed = mount_remount(PATH, MountFlags::BIND | MountFlags::RDONLY | safe, "");
+        if let Err(errno) = closed.and_then(|()| unlink(OWN)) {
+            let _ = unmount(PATH, UnmountFlags::DETACH);
+            return Err(errno);
+        }
         self.mapped = Some(mapping);
         Ok(())
     }
 
-    /// Makes it `id`, which [`is_id`].
+    /// Makes it `id`, which [`is_id`], where the guest has a place for one.
     ///
     /// # Errors
     /// Those of [`mount`](Self::mount), if it is not.

@@ -5,7 +5,6 @@
 
 use guest_agent::proto::{ErrorCode, Restored};
 use rustix::fs::{Mode, OFlags, open};
-use rustix::io::Errno;
 use rustix::system::sethostname;
 use rustix::time::{ClockId, Timespec, clock_settime};
 use std::os::fd::AsFd;
@@ -50,11 +49,9 @@ pub fn restored(
             .map_err(|errno| Failure::internal("clock_settime", errno))?;
     }
     if !request.machine_id.is_empty() {
-        match machine_id.set(&request.machine_id) {
-            // A guest that has no place for an id has none to begin with.
-            Ok(()) | Err(Errno::ROFS | Errno::NOENT) => {}
-            Err(errno) => return Err(Failure::internal("the machine id", errno)),
-        }
+        machine_id
+            .set(&request.machine_id)
+            .map_err(|errno| Failure::internal("the machine id", errno))?;
     }
     if !request.hostname.is_empty() {
         sethostname(request.hostname.as_bytes())
