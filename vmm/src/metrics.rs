@@ -71,8 +71,8 @@ pub struct Facts<'a> {
     pub private_bytes: u64,
     /// The phases of its start, each counted from the beginning.
     pub start: Vec<(&'static str, Duration)>,
-    /// Guest memory that is its own.
-    pub own_pages: OwnPages,
+    /// Guest memory that is its own, where the host tells.
+    pub own_pages: Option<OwnPages>,
     /// What its pager has done, if it has one.
     pub pager: Option<PagerStats>,
 }
@@ -134,15 +134,17 @@ impl Metrics {
             Unit::Bytes,
             ConstGauge::<u64>::new(facts.private_bytes),
         );
-        let own = Family::<Was, Gauge<u64, AtomicU64>>::default();
-        let was = |was, count| own.get_or_create(&Was { was }).set(count);
-        was("shared", facts.own_pages.copied);
-        was("zero", facts.own_pages.zeros);
-        registry.register(
-            "guest_own_pages",
-            "Pages of guest memory, 4 KiB each, that it does not share: copies of shared pages, made when they were written to, and pages that were zero until they were touched; a fault brought each",
-            own,
-        );
+        if let Some(pages) = facts.own_pages {
+            let own = Family::<Was, Gauge<u64, AtomicU64>>::default();
+            let was = |was, count| own.get_or_create(&Was { was }).set(count);
+            was("shared", pages.copied);
+            was("zero", pages.zeros);
+            registry.register(
+                "guest_own_pages",
+                "Pages of guest memory, 4 KiB each, that it does not share: copies of shared pages, made when they were written to (all that were brought, where the pager brings them by faults), and pages that were zero until they were touched; a fault brought each",
+                own,
+            );
+        }
         let faults = Family::<Cause, Counter>::default();
         let count = |cause, count| {
             faults.get_or_create(&Cause { cause }).inc_by(count);
@@ -204,10 +206,10 @@ mod tests {
                 resident_bytes: 5,
                 private_bytes: 4,
                 start: vec![("first KVM_RUN", Duration::from_millis(12))],
-                own_pages: OwnPages {
+                own_pages: Some(OwnPages {
                     copied: 3,
                     zeros: 2,
-                },
+                }),
                 pager: Some(PagerStats {
                     data_faults: 7,
                     ..PagerStats::default()

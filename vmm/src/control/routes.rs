@@ -420,7 +420,8 @@ fn metrics(control: &Control, _: &Request, _: &mut UnixStream) -> Result<Reply, 
     let machine = control.machine()?;
     let pager = machine.pager();
     let chain = pager.as_ref().map(|pager| &**pager.chain());
-    let own_pages = own_pages(machine.memory(), chain);
+    // Without it the rest can be told all the same.
+    let own_pages = own_pages(machine.memory(), chain).ok();
     let facts = Facts {
         id: &control.record.id,
         name: &control.record.name,
@@ -428,7 +429,7 @@ fn metrics(control: &Control, _: &Request, _: &mut UnixStream) -> Result<Reply, 
         resident_bytes: resident_bytes(),
         private_bytes: private_bytes(std::process::id()),
         start: control.timings.all(),
-        own_pages: own_pages.map_err(|error| internal(&error))?,
+        own_pages,
         pager: pager.map(|pager| pager.stats()),
     };
     let text = control.metrics.text(facts);
