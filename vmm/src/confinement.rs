@@ -160,7 +160,6 @@ const CALLS: &[c_long] = &[
     libc::SYS_rt_sigsuspend,
     libc::SYS_rt_sigtimedwait,
     libc::SYS_sched_getaffinity,
-    libc::SYS_sched_setaffinity,
     libc::SYS_sched_yield,
     libc::SYS_set_robust_list,
     libc::SYS_set_tid_address,
@@ -218,6 +217,11 @@ fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
         let unix = u64::from(libc::AF_UNIX.unsigned_abs());
         rules.insert(call, argument(0, SeccompCmpOp::Eq, unix)?);
     }
+    // Of the thread that asks.
+    rules.insert(
+        libc::SYS_sched_setaffinity,
+        argument(0, SeccompCmpOp::Eq, 0)?,
+    );
     let no_namespaces = SeccompCmpOp::MaskedEq(NAMESPACES);
     rules.insert(libc::SYS_clone, argument(0, no_namespaces, 0)?);
     let nothing = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
