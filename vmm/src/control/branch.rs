@@ -87,18 +87,20 @@ struct Birth<'a> {
 impl Birth<'_> {
     /// Hands over what there is while memory is being written.
     fn begin(&mut self, child: &mut Unborn) -> io::Result<()> {
-        if child.send(&mut self.handover, &self.files).is_err() {
-            child.replace(new_shell(self.reaper)?)?;
-            child.send(&mut self.handover, &self.files)?;
-        }
-        Ok(())
+        let sent = child.send(&mut self.handover, &self.files);
+        sent.or_else(|_| self.begin_anew(child))
+    }
+
+    /// The same, with a process that is started for it.
+    fn begin_anew(&mut self, child: &mut Unborn) -> io::Result<()> {
+        child.replace(new_shell(self.reaper)?)?;
+        child.send(&mut self.handover, &self.files)
     }
 
     /// Hands over the rest.
     fn complete(&mut self, child: &mut Unborn, layer: &File) -> io::Result<()> {
         if child.send_layer(layer).is_err() {
-            child.replace(new_shell(self.reaper)?)?;
-            child.send(&mut self.handover, &self.files)?;
+            self.begin_anew(child)?;
             child.send_layer(layer)?;
         }
         Ok(())
@@ -251,8 +253,7 @@ impl Control {
             let view = children[number].ready();
             // Beside the answer, and not as long as the first children want the processors.
             if let Some(writer) = writer.take() {
-                let end = std::thread::Builder::new().spawn(|| drop(writer));
-                end.map_err(internal)?;
+                writer.end_aside();
             }
             views.push(view.map_err(|why| ErrorBody::new(ErrorCode::Conflict, why))?);
             if client_is_gone(client) {

@@ -236,10 +236,11 @@ fn write(order: &Order<'_>, dir: &Path) -> Result<Written, SnapshotError> {
         of_disks.push(entry(&disk_layer(drive), layer.bytes, layer.digest));
         disks.push(moment);
     }
-    let (memory, _writer) = frozen
+    let (memory, writer) = frozen
         .memory
         .finish(order.is_given_up)
         .map_err(SnapshotError::Memory)?;
+    writer.end_aside();
     check_memory(order.machine)?;
     let mut files = vec![
         entry(STATE, state.bytes, state.digest),
