@@ -161,7 +161,7 @@ impl Layer {
         })
     }
 
-    /// The digest of the file, which stands for all of its content.
+    /// The digest of the file, which stands for all of its content; of a layer in memory, which has no hashes, for its header and index alone.
     pub fn digest(&self) -> Digest {
         self.digest
     }

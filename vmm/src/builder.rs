@@ -271,12 +271,12 @@ pub fn build(
                 register(&vm, &memory, files)
             })
         });
+        let vcpus = vcpus.map_or_else(|| new_vcpus(&kvm, &vm, config), Ok)?;
         let made = match start {
             Start::Saved(state, pages) => {
                 let pager = Pager::start_with(ahead, pages, &memory, &devices.exit)?;
                 timings.mark("pages mapped");
                 platform::restore(&vm, &state.platform)?;
-                let vcpus = vcpus.map_or_else(|| new_vcpus(&kvm, &vm, config), Ok)?;
                 let vcpus = vcpus.into_iter().zip(&state.vcpus);
                 let vcpus = vcpus.map(|(vcpu, saved)| vcpu.restore(saved));
                 let vcpus = vcpus.collect::<Result<_, _>>()?;
@@ -286,7 +286,6 @@ pub fn build(
             Start::Kernel(kernel) => {
                 let cmdline = devices.cmdline(config, kind);
                 let entry = || load(kernel, &memory, &ram, &cmdline, cpus);
-                let vcpus = vcpus.map_or_else(|| new_vcpus(&kvm, &vm, config), Ok)?;
                 let vcpus = boot_vcpus(vcpus, entry);
                 timings.mark("kernel loaded");
                 vcpus.map(|vcpus| (vcpus, None, None))

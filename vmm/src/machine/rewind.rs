@@ -21,8 +21,7 @@ use crate::devices::virtio::blk::stack::Backing;
 use crate::exit::{ExitLatch, ExitReason};
 use crate::kvm::{KvmError, boot_processor::OnBootProcessor, decoy::Decoy, platform};
 use crate::memory::{self, GuestMemory};
-use crate::pager::{Pager, PagerError, Pages};
-use crate::sys::overlay::lay_zeros_over;
+use crate::pager::{self, Pager, PagerError, Pages};
 use crate::vcpu::VcpuThread;
 use crate::vcpu::state::{self, VcpuStateError};
 
@@ -252,9 +251,7 @@ impl Machine {
 
 /// Has `memory` be what `pages` are.
 fn begin_again(pages: Pages, memory: &GuestMemory, exit: &ExitLatch) -> Result<Pager, Failure> {
-    for (_, slice) in memory::pages(memory, 0, u64::MAX) {
-        lay_zeros_over(&slice)?;
-    }
+    pager::clear(memory)?;
     let pager = Pager::start(pages, memory, exit)?;
     pager.guest_starts()?;
     Ok(pager)

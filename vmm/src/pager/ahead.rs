@@ -7,8 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use snapshot_fmt::chain::Chain;
 
 use super::{Mode, PagerError, map};
-use crate::memory::{self, GuestMemory};
-use crate::sys::overlay::lay_zeros_over;
+use crate::memory::GuestMemory;
 
 /// They. Their files are kept, so that no other can be taken for one of them.
 pub struct Ahead(Chain);
@@ -35,10 +34,7 @@ impl Ahead {
         if fits && files.all(|is_one| is_one.unwrap_or(false)) {
             return Ok(laid.len());
         }
-        let zeros = memory::pages(memory, 0, u64::MAX);
-        let laid = zeros.map(|(_, slice)| lay_zeros_over(&slice));
-        laid.collect::<io::Result<()>>()
-            .map_err(PagerError::Clear)?;
+        map::clear(memory).map_err(PagerError::Clear)?;
         Ok(0)
     }
 }

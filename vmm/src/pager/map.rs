@@ -58,6 +58,12 @@ fn lay(
     Ok(())
 }
 
+/// Has `memory` be zeros, whatever lay over it.
+pub fn clear(memory: &GuestMemory) -> io::Result<()> {
+    let mut all = memory::pages(memory, 0, u64::MAX);
+    all.try_for_each(|(_, slice)| lay_zeros_over(&slice))
+}
+
 /// Guest memory that is no other's.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct OwnPages {

@@ -35,7 +35,7 @@ use snapshot_fmt::chain::Chain;
 use thiserror::Error;
 
 pub use self::ahead::{Ahead, are_one};
-pub use self::map::{OwnPages, own_pages};
+pub use self::map::{OwnPages, clear, own_pages};
 
 use self::lost::LostPages;
 use self::replay::Progress;
