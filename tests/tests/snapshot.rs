@@ -54,6 +54,11 @@ fn main() -> ExitCode {
             Guest,
             copies::identity,
         ),
+        test(
+            "a_guest_that_boots_has_the_time",
+            Guest,
+            copies::time_of_a_boot,
+        ),
         test("many_copies_work_at_once", Guest, copies::many),
         test("each_copy_has_disks_of_its_own", Guest, disks::copies),
         test(

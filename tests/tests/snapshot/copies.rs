@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use libtest_mimic::Failed;
 use tests::sandboxes::Host;
 
-use crate::guest::{GOES_ON, python, read, remove, start};
+use crate::guest::{GOES_ON, SHAPE, python, read, remove, start};
 
 /// What no two guests may have in common, a word each.
 const RANDOM: &str = "
@@ -67,6 +67,20 @@ pub fn identity() -> Result<(), Failed> {
         Some(twice) => Err(format!("{twice} came twice: {printed}").into()),
         None => Ok(()),
     }
+}
+
+/// A guest that boots has the right time, also where ticks were lost meanwhile; so nobody who goes on from it need set his clock.
+pub fn time_of_a_boot() -> Result<(), Failed> {
+    let host = Host::new()?;
+    host.ok(&[&["start", "one", "--cold"], &SHAPE[..]].concat())?;
+    let early = unix_time()?;
+    let time: f64 = python(&host, "one", "print(time.time())")?.trim().parse()?;
+    let late = unix_time()?;
+    remove(&host, &["one"])?;
+    if time < early - 0.1 || time > late + 0.1 {
+        return Err(format!("it is {time}, not between {early} and {late}").into());
+    }
+    Ok(())
 }
 
 /// How many at once: a software KVM has the processors of the host for all of them. `BOUGH_TEST_COPIES` is for trying more.
