@@ -1,9 +1,11 @@
 //! `vmm pause`, `resume`, `stop` and `rm`: each does the same to every sandbox that is named.
 
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use serde_json::Value;
 
 use super::{CliError, find_failed};
@@ -19,6 +21,11 @@ use crate::timings::millis;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a process may take to be gone.
 const GONE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for its end at a time.
+const LOOK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000_000,
+};
 
 /// Sandboxes.
 #[derive(Debug, Args)]
@@ -170,6 +177,7 @@ fn remove_one(sandbox: &Sandbox) -> Result<(), CliError> {
 
 /// Ends a sandbox, and comes back when its process is gone. One that does not answer is killed where force was asked for.
 fn end(sandbox: &Sandbox, time: Duration) -> Result<(), CliError> {
+    let process = process(sandbox);
     let deadline_ms = millis(time);
     let request = StopRequest { deadline_ms };
     let patience = time.saturating_add(PATIENCE);
@@ -189,15 +197,25 @@ fn end(sandbox: &Sandbox, time: Duration) -> Result<(), CliError> {
             };
         }
     }
-    wait_until_gone(sandbox)
+    wait_until_gone(sandbox, process)
+}
+
+fn pid(sandbox: &Sandbox) -> Option<Pid> {
+    let pid = i32::try_from(sandbox.record.pid).ok();
+    pid.and_then(Pid::from_raw)
+}
+
+/// Its process, if it lives.
+fn process(sandbox: &Sandbox) -> Option<OwnedFd> {
+    let process = pidfd_open(pid(sandbox)?, PidfdFlags::empty()).ok()?;
+    // As long as it does, the number is nobody else's.
+    let lives = find(&sandbox.record.id).is_ok_and(|now| now.alive);
+    lives.then_some(process)
 }
 
 fn kill(sandbox: &Sandbox) -> Result<(), CliError> {
     // The lock is held, so the process that wrote its number lives: the number is nobody else's.
-    let pid = i32::try_from(sandbox.record.pid)
-        .ok()
-        .and_then(Pid::from_raw);
-    let killed = pid.map(|pid| kill_process(pid, Signal::KILL));
+    let killed = pid(sandbox).map(|pid| kill_process(pid, Signal::KILL));
     match killed {
         Some(Ok(()) | Err(rustix::io::Errno::SRCH)) => Ok(()),
         _ => Err(CliError::Monitor(format!(
@@ -207,12 +225,18 @@ fn kill(sandbox: &Sandbox) -> Result<(), CliError> {
     }
 }
 
-fn wait_until_gone(sandbox: &Sandbox) -> Result<(), CliError> {
+/// Waits until nothing is left of it: a process that ends lets go of its sandbox's lock before, or after, the locks of its drives, which somebody may want next.
+fn wait_until_gone(sandbox: &Sandbox, process: Option<OwnedFd>) -> Result<(), CliError> {
     let deadline = Instant::now() + GONE_PATIENCE;
     while Instant::now() < deadline {
+        let is_gone = process.as_ref().is_none_or(|process| {
+            let mut fds = [PollFd::new(process, PollFlags::IN)];
+            poll(&mut fds, Some(&LOOK)).is_ok_and(|ready| ready > 0)
+        });
         match find(&sandbox.record.id) {
             Ok(now) if now.alive => std::thread::sleep(Duration::from_millis(5)),
-            _ => return Ok(()),
+            _ if is_gone => return Ok(()),
+            _ => {}
         }
     }
     Err(CliError::Monitor(format!(
