@@ -218,10 +218,13 @@ fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
         rules.insert(call, argument(0, SeccompCmpOp::Eq, unix)?);
     }
     // Of the thread that asks.
-    rules.insert(
+    for call in [
+        libc::SYS_sched_getattr,
         libc::SYS_sched_setaffinity,
-        argument(0, SeccompCmpOp::Eq, 0)?,
-    );
+        libc::SYS_sched_setattr,
+    ] {
+        rules.insert(call, argument(0, SeccompCmpOp::Eq, 0)?);
+    }
     let no_namespaces = SeccompCmpOp::MaskedEq(NAMESPACES);
     rules.insert(libc::SYS_clone, argument(0, no_namespaces, 0)?);
     let nothing = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());

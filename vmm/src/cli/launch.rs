@@ -19,7 +19,7 @@ use crate::sandbox::record::BranchPoint;
 use crate::sandbox::{SandboxDir, SandboxPaths};
 use crate::snapshot::restore::{Base, Saved};
 use crate::supervisor::{Signals, Supervisor};
-use crate::sys::heap;
+use crate::sys::{heap, slice};
 use crate::timings::Timings;
 
 /// The files that a VM boots from, each known to be there.
@@ -182,6 +182,7 @@ pub fn become_monitor() -> Result<Arc<Signals>, CliError> {
     let failed = |error: std::io::Error| CliError::Monitor(error.to_string());
     confine()?;
     heap::share_among_threads();
+    slice::shorten();
     let signals = Arc::new(Signals::catch().map_err(failed)?);
     install_kick_handler().map_err(failed)?;
     host::raise_open_files_limit();

@@ -10,6 +10,7 @@ pub mod fork;
 pub mod heap;
 pub mod overlay;
 pub mod page_scan;
+pub mod slice;
 pub mod stack;
 pub mod unread;
 pub mod userfaultfd;

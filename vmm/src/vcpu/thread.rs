@@ -13,6 +13,7 @@ use crate::exit::ExitLatch;
 use crate::gate::{Gate, Wanted};
 use crate::kvm::Kick;
 use crate::memory::GuestMemory;
+use crate::sys::slice;
 use crate::timings::Timings;
 
 /// Stack of a processor's thread, in bytes: its deepest path is a device's register access.
@@ -69,6 +70,7 @@ impl VcpuThread {
             .name(format!("vcpu{}", context.id))
             .stack_size(STACK_SIZE)
             .spawn(move || {
+                slice::reset();
                 if context.id == 0 {
                     context.timings.mark("first KVM_RUN");
                 }

@@ -1,0 +1,34 @@
+//! For how long a thread has a processor before others have their turn (sched_setattr(2); Linux 6.12 and later, earlier ones take no notice).
+//!
+//! What serves a machine does little at a time, and has waited for that until a processor of some machine, which always has something to do, was at the end of its slice.
+//! With a short slice of its own a thread runs when it is woken, and gets no more than its share all the same.
+
+/// The shortest slice that Linux knows, in nanoseconds.
+const SHORT_NS: u64 = 100_000;
+
+/// Gives the calling thread, and those that it starts, short slices.
+pub fn shorten() {
+    set(SHORT_NS);
+}
+
+/// Gives the calling thread the slices that the host gives by default.
+pub fn reset() {
+    set(0);
+}
+
+/// A host that refuses is one that is slower.
+fn set(ns: u64) {
+    // SAFETY: a structure of integers, for which zero is a value.
+    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
+    let size = u32::try_from(size_of::<libc::sched_attr>()).unwrap_or(0);
+    // SAFETY: the kernel writes no more than `size` bytes, which the structure has.
+    let got = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) };
+    if got < 0 || attributes.sched_policy != libc::SCHED_OTHER.unsigned_abs() {
+        return;
+    }
+    // All else stays as it is.
+    attributes.sched_flags &= u64::from(libc::SCHED_FLAG_RESET_ON_FORK.unsigned_abs());
+    attributes.sched_runtime = ns;
+    // SAFETY: the kernel reads the structure, of the size that it says.
+    unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+}
