@@ -178,6 +178,9 @@ pub trait Announce {
         machine: &Machine,
     ) -> io::Result<bool>;
 
+    /// Its agent has answered, and not everything is ready yet.
+    fn answered(&self, _: &Machine) {}
+
     /// Tells that the sandbox is listed as one of its own.
     fn listed(&self) {}
 
@@ -247,6 +250,7 @@ pub fn monitor(
         timings: &timings,
     };
     let (agent, watch) = boot.agent(ready, &launch, cache, sandbox.name())?;
+    starter.answered(&machine);
     if let Some(ending) = watch.end() {
         return Err(boot.cut_short(ending));
     }

@@ -202,10 +202,6 @@ impl Announce for Child<'_> {
         supervisor: &Supervisor,
         machine: &Machine,
     ) -> io::Result<bool> {
-        if self.stands_still {
-            // One that does not, takes time from its siblings.
-            let _ = machine.pause();
-        }
         let at = |name| timings.since_us(name, self.since).unwrap_or(0);
         self.parent.say(&Word::Ready(ChildView {
             id: sandbox.id().to_owned(),
@@ -220,6 +216,13 @@ impl Announce for Child<'_> {
             machine.resume();
         }
         Ok(is_wanted)
+    }
+
+    fn answered(&self, machine: &Machine) {
+        if self.stands_still {
+            // One that does not, takes time from its siblings.
+            let _ = machine.pause();
+        }
     }
 
     fn listed(&self) {
