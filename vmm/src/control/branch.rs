@@ -29,6 +29,8 @@ const COUNT_MAX: u32 = 1000;
 /// How many children begin at once, per processor of the host: while one's process starts, others' guests use it. Where twice as many do, each gets so little of
 /// it that, on a software KVM, its guest does nothing but serve its timer.
 const AT_ONCE: usize = 4;
+/// How many of a call, likewise, do not stand still until all are there: what they do meanwhile takes time from their siblings.
+const RUN_ON: usize = 2;
 
 /// The name of the child `number` of `count`, counted from 1.
 fn name_of(base: Option<&str>, number: u32, count: u32) -> Option<String> {
@@ -194,7 +196,8 @@ impl Control {
             base: past.base.as_ref().map(Base::place),
             disks: Vec::new(),
             is_late: true,
-            stands_still: usize::try_from(count).is_ok_and(|count| count > at_once),
+            stands_still: usize::try_from(count)
+                .is_ok_and(|count| count > host::processors() * RUN_ON),
             since,
             moment: None,
         };
