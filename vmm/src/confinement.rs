@@ -244,6 +244,7 @@ mod tests {
     use std::process::Command;
 
     use rustix::net::{AddressFamily, SocketType, socket};
+    use rustix::thread::{sched_getaffinity, sched_setaffinity};
 
     use super::*;
 
@@ -256,6 +257,10 @@ mod tests {
             let error = TcpStream::connect("127.0.0.1:9").unwrap_err();
             assert_eq!(error.raw_os_error(), gone);
             let error = socket(AddressFamily::NETLINK, SocketType::RAW, None).unwrap_err();
+            assert_eq!(Some(error.raw_os_error()), gone);
+            let all = sched_getaffinity(None).unwrap();
+            sched_setaffinity(None, &all).unwrap();
+            let error = sched_setaffinity(rustix::process::getppid(), &all).unwrap_err();
             assert_eq!(Some(error.raw_os_error()), gone);
             // What a program finds that is started from here.
             let output = Command::new("unshare").args(["--user", "true"]).output();

@@ -16,19 +16,52 @@ pub fn reset() {
     set(0);
 }
 
-/// A host that refuses is one that is slower.
-fn set(ns: u64) {
+/// How the calling thread is scheduled.
+fn attributes() -> Option<libc::sched_attr> {
     // SAFETY: a structure of integers, for which zero is a value.
     let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
     let size = u32::try_from(size_of::<libc::sched_attr>()).unwrap_or(0);
     // SAFETY: the kernel writes no more than `size` bytes, which the structure has.
     let got = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) };
-    if got < 0 || attributes.sched_policy != libc::SCHED_OTHER.unsigned_abs() {
+    (got >= 0).then_some(attributes)
+}
+
+/// A host that refuses is one that is slower.
+fn set(ns: u64) {
+    let usual = libc::SCHED_OTHER.unsigned_abs();
+    let Some(mut attributes) = attributes().filter(|now| now.sched_policy == usual) else {
         return;
-    }
+    };
     // All else stays as it is.
     attributes.sched_flags &= u64::from(libc::SCHED_FLAG_RESET_ON_FORK.unsigned_abs());
     attributes.sched_runtime = ns;
     // SAFETY: the kernel reads the structure, of the size that it says.
     unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn what_a_thread_starts_has_short_slices_until_it_has_the_usual_ones() {
+        let ns = || attributes().unwrap().sched_runtime;
+        let of_started = thread::spawn(move || {
+            shorten();
+            let started = thread::spawn(move || {
+                let inherited = ns();
+                reset();
+                (inherited, ns())
+            });
+            (ns(), started.join().unwrap())
+        });
+        let (own, (inherited, usual)) = of_started.join().unwrap();
+        // A kernel before 6.12 has none to tell of.
+        if usual > 0 {
+            assert_eq!((own, inherited), (SHORT_NS, SHORT_NS));
+            assert!(usual > SHORT_NS);
+        }
+    }
 }
