@@ -6,11 +6,13 @@ pub const MAPPED: usize = 128 << 10;
 /// Has the threads share one heap: few of them, which allocate little. A heap of its own costs each thread that allocates its first pages. To be called before there are threads that do.
 pub fn share_among_threads() {
     #[cfg(target_env = "gnu")]
+    let mapped = libc::c_int::try_from(MAPPED).unwrap_or(libc::c_int::MAX);
+    #[cfg(target_env = "gnu")]
     // SAFETY: it sets numbers of the allocator, under the allocator's lock.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         // Otherwise it grows with what is freed.
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, mapped);
     }
 }
 
