@@ -184,6 +184,8 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
+    use rustix::io::dup2;
+
     use super::*;
 
     fn pair() -> (Watched<UnixStream>, UnixStream) {
@@ -230,15 +232,16 @@ mod tests {
     fn a_number_that_is_used_again_is_another() {
         let mut epoll = Epoll::new().unwrap();
         let (old, _one) = pair();
-        let number = std::os::fd::AsRawFd::as_raw_fd(&*old);
         let wait = |epoll: &mut Epoll, one: &Watched<UnixStream>| {
             let wanted = [one.wanted(PollFlags::IN)];
             epoll.wait(&wanted, Some(&NOW)).unwrap()
         };
         assert_eq!(wait(&mut epoll, &old), [PollFlags::empty()]);
-        drop(old);
-        let (new, mut two) = pair();
-        assert_eq!(number, std::os::fd::AsRawFd::as_raw_fd(&*new));
+        // Put over it, not opened behind its end: tests beside this one open descriptors as well.
+        let mut number = OwnedFd::from(old.fd);
+        let (new, mut two) = UnixStream::pair().unwrap();
+        dup2(new, &mut number).unwrap();
+        let new = UnixStream::from(number).into();
         two.write_all(b"2").unwrap();
         assert_eq!(wait(&mut epoll, &new), [PollFlags::IN]);
     }
