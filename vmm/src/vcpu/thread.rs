@@ -70,7 +70,7 @@ impl VcpuThread {
             .name(format!("vcpu{}", context.id))
             .stack_size(STACK_SIZE)
             .spawn(move || {
-                slice::reset();
+                slice::lengthen();
                 if context.id == 0 {
                     context.timings.mark("first KVM_RUN");
                 }
