@@ -385,7 +385,21 @@ fn unknown() -> Result<(), Failed> {
             &["no sandbox is called \"nobody\"", "vmm ls"],
         )?;
     }
-    host.refused(&["exec", "nobody", "--", "true"], &["nobody"])
+    host.refused(&["exec", "nobody", "--", "true"], &["nobody"])?;
+    // Of many, each is told, in the order of the command.
+    let names: Vec<_> = (0..40).map(|number| format!("nobody-{number}")).collect();
+    let mut stop = vec!["stop"];
+    stop.extend(names.iter().map(String::as_str));
+    let output = host.run(&stop)?;
+    output.expect_status(2)?;
+    let told = output
+        .stderr
+        .lines()
+        .filter_map(|line| line.split('"').nth(1));
+    if told.ne(names.iter().map(String::as_str)) {
+        return Err(output.stderr.into());
+    }
+    Ok(())
 }
 
 fn names() -> Result<(), Failed> {

@@ -1,6 +1,9 @@
 //! `vmm pause`, `resume`, `stop` and `rm`: each does the same to every sandbox that is named.
 
 use std::os::fd::OwnedFd;
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -21,6 +24,8 @@ use crate::timings::millis;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a process may take to be gone.
 const GONE_PATIENCE: Duration = Duration::from_secs(10);
+/// How many sandboxes at once.
+const AT_ONCE: usize = 16;
 /// How long to wait for its end at a time.
 const LOOK: Timespec = Timespec {
     tv_sec: 0,
@@ -76,20 +81,41 @@ pub struct RmArgs {
 }
 
 impl Names {
-    /// Does `act` to each. One failure does not stop the others; the last is the command's.
-    fn each(&self, act: impl Fn(&Sandbox) -> Result<(), CliError>) -> Result<u8, CliError> {
-        let mut failure = None;
-        for name in &self.names {
-            let result = find(name)
-                .map_err(find_failed)
-                .and_then(|found| act(&found));
-            if let Err(error) = result
-                && let Some(earlier) = failure.replace(error)
-            {
-                complain(&earlier);
+    /// Does `act` to each, some at once: most of the time is spent waiting for processes to be gone. One failure does not stop the others; the last
+    /// is the command's.
+    fn each(&self, act: impl Fn(&Sandbox) -> Result<(), CliError> + Sync) -> Result<u8, CliError> {
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut failures = Vec::new();
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some(name) = self.names.get(index) else {
+                    return failures;
+                };
+                let done = find(name)
+                    .map_err(find_failed)
+                    .and_then(|found| act(&found));
+                failures.extend(done.err().map(|error| (index, error)));
             }
+        };
+        let mut failures = thread::scope(|scope| {
+            let others = (1..self.names.len().min(AT_ONCE)).map_while(|_| {
+                // With fewer it takes longer.
+                Builder::new().spawn_scoped(scope, work).ok()
+            });
+            let others: Vec<_> = others.collect();
+            let mut failures = work();
+            for other in others {
+                failures.extend(other.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            }
+            failures
+        });
+        failures.sort_by_key(|(index, _)| *index);
+        let last = failures.pop();
+        for (_, earlier) in failures {
+            complain(&earlier);
         }
-        failure.map_or(Ok(0), Err)
+        last.map_or(Ok(0), |(_, error)| Err(error))
     }
 }
 
@@ -234,7 +260,7 @@ fn wait_until_gone(sandbox: &Sandbox, process: Option<OwnedFd>) -> Result<(), Cl
             poll(&mut fds, Some(&LOOK)).is_ok_and(|ready| ready > 0)
         });
         match find(&sandbox.record.id) {
-            Ok(now) if now.alive => std::thread::sleep(Duration::from_millis(5)),
+            Ok(now) if now.alive => thread::sleep(Duration::from_millis(5)),
             _ if is_gone => return Ok(()),
             _ => {}
         }
