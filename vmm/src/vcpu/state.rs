@@ -17,6 +17,9 @@ use crate::kvm::{self, KvmError, call_failed, structure};
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Linux, Documentation/virt/kvm/x86/msr.rst.
+const MSR_KVM_WALL_CLOCK: u32 = 0x11;
+const MSR_KVM_WALL_CLOCK_NEW: u32 = 0x4b56_4d00;
 /// Most entries that one call takes (KVM's MAX_IO_MSRS is 256).
 const MSRS_PER_CALL: usize = 256;
 
@@ -70,6 +73,8 @@ impl SaveContext {
             .get_msr_index_list()
             .map_err(call_failed("KVM_GET_MSR_INDEX_LIST"))?;
         let mut msrs = list.as_slice().to_vec();
+        // They ask the host, whenever they are written, to say in the guest's memory what day it is: each copy would have a page of its own for what no guest reads but where it has just asked.
+        msrs.retain(|index| ![MSR_KVM_WALL_CLOCK, MSR_KVM_WALL_CLOCK_NEW].contains(index));
         // The timer is armed once everything else is there, the counter that it waits for first of all.
         msrs.sort_by_key(|&index| match index {
             IA32_TSC => (0, 0),
