@@ -13,7 +13,7 @@ use snapshot_fmt::chain::{Chain, DEPTH_MAX};
 
 use super::routes::{Control, client_is_gone};
 use super::snapshot::{code, programs};
-use super::types::{BranchRequest, BranchView, ChildView, ErrorBody, ErrorCode};
+use super::types::{BranchRequest, BranchView, ErrorBody, ErrorCode};
 use crate::handover::{Handover, Unborn};
 use crate::host;
 use crate::message::FILES_MAX;
@@ -122,7 +122,7 @@ impl Control {
             children,
             view,
             taken,
-        } = self.conceive(request, ask, client, &|_| {})?;
+        } = self.conceive(request, ask, client)?;
         if client_is_gone(client) {
             return Err(unwanted());
         }
@@ -138,13 +138,12 @@ impl Control {
         Ok(view)
     }
 
-    /// Makes children for `client`, each ready for work, which `ready` is told of one after the other. Those that are dropped before they are released end.
+    /// Makes children for `client`, each ready for work. Those that are dropped before they are released end.
     pub(super) fn conceive(
         &self,
         request: BranchRequest,
         ask: Option<u64>,
         client: &UnixStream,
-        ready: &dyn Fn(&ChildView),
     ) -> Result<Conceived, ErrorBody> {
         let (start, since) = (Instant::now(), monotonic_ns());
         let count = request.count;
@@ -259,9 +258,7 @@ impl Control {
             if let Some(writer) = writer.take() {
                 writer.end_aside();
             }
-            let view = view.map_err(|why| ErrorBody::new(ErrorCode::Conflict, why))?;
-            ready(&view);
-            views.push(view);
+            views.push(view.map_err(|why| ErrorBody::new(ErrorCode::Conflict, why))?);
             if client_is_gone(client) {
                 return Err(unwanted());
             }

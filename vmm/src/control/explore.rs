@@ -8,7 +8,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
@@ -21,8 +21,8 @@ use super::exec::check;
 use super::http::Chunks;
 use super::routes::{Control, TRIAL, client_is_gone};
 use super::types::{
-    BranchRequest, ChildView, EndedView, ErrorBody, ErrorCode, ExecBody, ExecEvent, ExploreBody,
-    ExploreEvent, ExploreResult, Keep,
+    BranchRequest, BranchView, ChildView, EndedView, ErrorBody, ErrorCode, ExecBody, ExecEvent,
+    ExploreBody, ExploreEvent, ExploreResult, Keep,
 };
 use crate::handover::Unborn;
 use crate::host;
@@ -63,10 +63,7 @@ impl Beginning {
 /// What those who run the programs have in common.
 struct Trial<'a> {
     runs: &'a [ExecBody],
-    /// The children that there are so far, in the order of `runs`.
-    children: Mutex<Vec<ChildView>>,
-    /// There is one more, or it is over.
-    changed: Condvar,
+    children: &'a [ChildView],
     /// The next that nobody has begun.
     next: AtomicUsize,
     /// It is over: nothing more is begun.
@@ -75,48 +72,16 @@ struct Trial<'a> {
     running: Mutex<Vec<Option<UnixStream>>>,
 }
 
-impl<'a> Trial<'a> {
-    fn new(runs: &'a [ExecBody]) -> Self {
-        Self {
-            runs,
-            children: Mutex::default(),
-            changed: Condvar::new(),
-            next: AtomicUsize::new(0),
-            over: AtomicBool::new(false),
-            running: Mutex::new(runs.iter().map(|_| None).collect()),
-        }
-    }
-
-    fn children(&self) -> MutexGuard<'_, Vec<ChildView>> {
-        self.children.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Has the next program begin in `child`, when it is its turn.
-    fn add(&self, child: &ChildView) {
-        self.children().push(child.clone());
-        self.changed.notify_all();
-    }
-
-    /// Waits for the child that is to run `index`. None where it is over before.
-    fn child(&self, index: usize) -> Option<ChildView> {
-        let is_missing = |all: &mut Vec<_>| all.len() <= index && !self.over.load(Ordering::SeqCst);
-        let waited = self.changed.wait_while(self.children(), is_missing);
-        let all = waited.unwrap_or_else(PoisonError::into_inner);
-        all.get(index).cloned()
-    }
-
+impl Trial<'_> {
     /// Runs one after the other until none is left.
     fn work(&self, results: &SyncSender<ExploreResult>) {
         loop {
             let index = self.next.fetch_add(1, Ordering::SeqCst);
-            let Some(run) = self.runs.get(index) else {
-                return;
-            };
-            let Some(child) = self.child(index) else {
+            let (Some(run), Some(child)) = (self.runs.get(index), self.children.get(index)) else {
                 return;
             };
             // Nobody listens any more only where it is over.
-            let _ = results.send(self.run(index, run, &child));
+            let _ = results.send(self.run(index, run, child));
         }
     }
 
@@ -199,9 +164,6 @@ impl<'a> Trial<'a> {
     fn end(&self) {
         self.over.store(true, Ordering::SeqCst);
         self.next.store(self.runs.len(), Ordering::SeqCst);
-        // Whoever was about to wait has looked by now.
-        drop(self.children());
-        self.changed.notify_all();
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         for stream in running.iter_mut().filter_map(Option::take) {
             // One that is gone has ended the program as well.
@@ -273,99 +235,98 @@ impl Control {
             name: body.name.clone(),
             ..BranchRequest::default()
         };
-        let trial = &Trial::new(&body.runs);
+        let Conceived {
+            children,
+            view,
+            taken: _taken,
+        } = self.conceive(request, None, stream)?;
+        let started = stream
+            .set_write_timeout(None)
+            .and_then(|()| Chunks::start(stream, "application/x-ndjson"));
+        // What fails from here on is the client's going; the children go with it.
+        if let Ok(mut chunks) = started
+            && self.try_all(body, children, view, &mut chunks).is_ok()
+        {
+            let _ = chunks.end();
+        }
+        Ok(())
+    }
+
+    fn try_all(
+        &self,
+        body: &ExploreBody,
+        children: Vec<Unborn>,
+        view: BranchView,
+        chunks: &mut Chunks<&UnixStream>,
+    ) -> io::Result<()> {
+        let trial = Trial {
+            runs: &body.runs,
+            children: &view.children.clone(),
+            next: AtomicUsize::new(0),
+            over: AtomicBool::new(false),
+            running: Mutex::new(body.runs.iter().map(|_| None).collect()),
+        };
+        let mut children: Vec<_> = children.into_iter().map(Some).collect();
+        let mut choice = Choice {
+            keep: body.keep,
+            kept: Vec::new(),
+            best: None,
+        };
+        chunks.write_json(&ExploreEvent::Branched(view))?;
+
         let parallel = match usize::try_from(body.parallel) {
             Ok(0) => host::processors(),
             Ok(parallel) => parallel,
             Err(_) => usize::MAX,
         };
-        let parallel = parallel.min(body.runs.len());
-        // What ends before all children are there waits here. Otherwise what nobody reads waits with its program.
-        let (sender, results) = sync_channel(parallel);
+        // What nobody reads waits with its program, not here.
+        let (sender, results) = sync_channel(1);
         std::thread::scope(|scope| {
-            for _ in 0..parallel {
+            let trial = &trial;
+            for _ in 0..parallel.min(body.runs.len()) {
                 let sender = sender.clone();
                 let spawned = Builder::new()
                     .name("explore".to_owned())
                     .stack_size(STACK_SIZE)
                     .spawn_scoped(scope, move || trial.work(&sender));
                 if let Err(error) = spawned {
+                    children.clear();
+                    drop(results);
                     trial.end();
-                    let message = format!("cannot start a thread for a program: {error}");
-                    return Err(ErrorBody::new(ErrorCode::Internal, message));
+                    return Err(error);
                 }
             }
             drop(sender);
-            let conceived = self.conceive(request, None, stream, &|child| trial.add(child));
-            let conceived = conceived.inspect_err(|_| trial.end())?;
-            // What fails from here on is the client's going; the children go with it.
-            let _ = tell(body.keep, trial, conceived, results, stream);
-            Ok(())
-        })
-    }
-}
+            follow(trial, results, chunks, &mut children, &mut choice)
+        })?;
 
-/// Tells the client of the children, of what comes of each, and of those that live on.
-fn tell(
-    keep: Keep,
-    trial: &Trial<'_>,
-    conceived: Conceived,
-    results: Receiver<ExploreResult>,
-    stream: &UnixStream,
-) -> io::Result<()> {
-    let Conceived {
-        children,
-        view,
-        taken: _taken,
-    } = conceived;
-    let mut children: Vec<_> = children.into_iter().map(Some).collect();
-    let mut choice = Choice {
-        keep,
-        kept: Vec::new(),
-        best: None,
-    };
-    let followed = stream
-        .set_write_timeout(None)
-        .and_then(|()| Chunks::start(stream, "application/x-ndjson"))
-        .and_then(|mut chunks| {
-            chunks.write_json(&ExploreEvent::Branched(view))?;
-            follow(trial, &results, &mut chunks, &mut children, &mut choice)?;
-            Ok(chunks)
-        });
-    if followed.is_err() {
-        children.clear();
-    }
-    drop(results);
-    trial.end();
-
-    let mut chunks = followed?;
-    let views = trial.children();
-    let mut kept = Vec::new();
-    choice.kept.sort_unstable();
-    for index in choice.kept {
-        if let (Some(Some(child)), Some(view)) = (children.get(index), views.get(index))
-            // One whose guest has ended since is none.
-            && !child.is_gone()
-        {
-            child.release()?;
-            child.settle();
-            kept.push(view.name.clone());
+        let mut kept = Vec::new();
+        choice.kept.sort_unstable();
+        for index in choice.kept {
+            if let (Some(Some(child)), Some(view)) =
+                (children.get(index), trial.children.get(index))
+                // One whose guest has ended since is none.
+                && !child.is_gone()
+            {
+                child.release()?;
+                child.settle();
+                kept.push(view.name.clone());
+            }
         }
+        chunks.write_json(&ExploreEvent::Kept(kept))
     }
-    chunks.write_json(&ExploreEvent::Kept(kept))?;
-    chunks.end()
 }
 
-/// Sends results until there are no more, or the client is gone, and lets go of children that will not live on.
+/// Sends results until there are no more, and lets go of children that will not live on: of all of them where the client is gone.
 fn follow(
     trial: &Trial<'_>,
-    results: &Receiver<ExploreResult>,
+    results: Receiver<ExploreResult>,
     chunks: &mut Chunks<&UnixStream>,
     children: &mut [Option<Unborn>],
     choice: &mut Choice,
 ) -> io::Result<()> {
     let mut ran = Vec::new();
-    loop {
+    let mut next = || loop {
         match results.recv_timeout(GONE_PAUSE) {
             Ok(result) => {
                 let decided = choice.see(&result);
@@ -386,7 +347,14 @@ fn follow(
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         }
+    };
+    let outcome = next();
+    if outcome.is_err() {
+        children.iter_mut().for_each(|child| *child = None);
     }
+    drop(results);
+    trial.end();
+    outcome
 }
 
 #[cfg(test)]
@@ -438,29 +406,6 @@ mod tests {
         assert_eq!(kept(Keep::Score, &results), (vec![0], 5));
         assert_eq!(kept(Keep::All, &results), (vec![2, 1, 0, 4, 3], 5));
         assert_eq!(kept(Keep::FirstSuccess, &results[..1]), (vec![], 1));
-    }
-
-    #[test]
-    fn a_program_begins_when_its_child_is_there() {
-        let child = |name: &str| ChildView {
-            id: String::new(),
-            name: name.to_owned(),
-            running_us: 0,
-            answered_us: 0,
-        };
-        let trial = &Trial::new(&[]);
-        std::thread::scope(|scope| {
-            let second = scope.spawn(|| trial.child(1).map(|child| child.name));
-            let never = scope.spawn(|| trial.child(2));
-            trial.add(&child("a"));
-            assert_eq!(trial.child(0).unwrap().name, "a");
-            assert!(!second.is_finished());
-            trial.add(&child("b"));
-            assert_eq!(second.join().unwrap().as_deref(), Some("b"));
-            trial.end();
-            assert!(never.join().unwrap().is_none());
-        });
-        assert!(trial.child(1).is_some());
     }
 
     #[test]
