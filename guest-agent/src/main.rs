@@ -38,15 +38,10 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use dlmalloc::GlobalDlmalloc;
 use failure::Failure;
 use lane::Lane;
 use server::Server;
 use wire::Wire;
-
-/// Less code than the C library's: each page of it is a page fault in every copy of a guest.
-#[global_allocator]
-static ALLOCATOR: GlobalDlmalloc = GlobalDlmalloc;
 
 const USAGE: &str = "\
 usage: guest-agent [--listen-unix PATH] [--dial-unix PATH]     as an ordinary process
