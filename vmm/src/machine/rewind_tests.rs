@@ -17,7 +17,7 @@ use super::{Machine, Moment};
 use crate::builder::{self, Origin, SavedDisks};
 use crate::config::{ConsoleConfig, VmConfig};
 use crate::pager::{Mode, Pages};
-use crate::snapshot::memory_layer::{LayerInProgress, Lineage};
+use crate::snapshot::memory_layer::{FrozenMemory, Lineage};
 use crate::timings::Timings;
 
 /// Where the loop is, and the first of the four pages that it writes its count to.
@@ -92,11 +92,11 @@ fn saved() -> (VmConfig, Arc<MachineState>, Arc<Chain>) {
             let lineage = Lineage::default();
             (
                 state,
-                LayerInProgress::begin(machine.memory(), own, file.path(), lineage),
+                FrozenMemory::take(machine.memory(), own, file.path(), lineage),
             )
         })
         .unwrap();
-    layer.unwrap().finish(|| false).unwrap();
+    layer.unwrap().write().finish(|| false).unwrap();
     let layer = Layer::open(file.reopen().unwrap(), file.path()).unwrap();
     (
         config,

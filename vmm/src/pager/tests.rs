@@ -14,7 +14,7 @@ use super::testing::{
 };
 use super::{Mode, OwnPages, PagerError, Pages, own_pages};
 use crate::exit::{ExitLatch, ExitReason};
-use crate::snapshot::memory_layer::{LayerInProgress, Lineage};
+use crate::snapshot::memory_layer::{FrozenMemory, Lineage};
 use crate::sys::fork::Child;
 
 const LONG: Duration = Duration::from_secs(20);
@@ -455,11 +455,11 @@ fn pages_that_have_not_arrived_are_not_saved() {
     let before = restored.pager.stats();
     let file = NamedTempFile::new().unwrap();
     let lineage = Lineage::over_origin(Some(&parent));
-    let saved = LayerInProgress::begin(memory, file.as_file(), file.path(), lineage).unwrap();
+    let saved = FrozenMemory::take(memory, file.as_file(), file.path(), lineage).unwrap();
     // It is of the moment it was begun, while pages go on arriving.
     write(memory, 30, &content(2000));
     touch(memory, 450);
-    let (summary, _writer) = saved.finish(|| false).unwrap();
+    let (summary, _writer) = saved.write().finish(|| false).unwrap();
     assert_eq!((summary.data_pages, summary.zero_pages), (1, 1));
     // The child has had nothing brought.
     let after = restored.pager.stats();

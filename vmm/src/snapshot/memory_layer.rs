@@ -10,6 +10,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,7 +24,7 @@ use snapshot_fmt::layer::LayerSummary;
 
 use crate::memory::{self, GuestMemory};
 use crate::pagemap::Pagemap;
-use crate::sys::fork::{Child, Frozen, pipe};
+use crate::sys::fork::{Child, Frozen};
 
 /// How often to ask whether the layer is still wanted.
 const GIVEN_UP_PAUSE: Timespec = Timespec {
@@ -71,10 +72,14 @@ impl<'a> Lineage<'a> {
     }
 }
 
+/// The memory of one moment, which a child has, to be written as a layer.
+pub struct FrozenMemory(LayerInProgress);
+
 /// A layer that is being written by a child.
 pub struct LayerInProgress {
     child: Child,
-    answer: File,
+    /// It waits for a byte, and answers with a line.
+    socket: UnixStream,
 }
 
 /// What the child says at its end.
@@ -84,22 +89,26 @@ enum Answer {
     Failed(String),
 }
 
-impl LayerInProgress {
-    /// Begins to write `memory` as it is now to `file`, which `path` names in messages. The machine stands still until this
+impl FrozenMemory {
+    /// Has `memory` as it is now, to be written to `file`, which `path` names in messages. The machine stands still until this
     /// returns.
-    pub fn begin(
+    pub fn take(
         memory: &GuestMemory,
         file: &File,
         path: &Path,
         lineage: Lineage<'_>,
     ) -> io::Result<Self> {
-        let (answer, question) = pipe()?;
+        let (socket, theirs) = UnixStream::pair()?;
         let own = file.try_clone()?;
         let chains = [lineage.origin, lineage.parent];
         let layers = chains.into_iter().flatten().flat_map(Chain::layers);
-        let mut keep = vec![own.as_fd(), question.as_fd()];
+        let mut keep = vec![own.as_fd(), theirs.as_fd()];
         keep.extend(layers.map(|layer| layer.file().as_fd()));
         let child = Child::fork(&keep, |frozen| {
+            // The host counts the fork as the parent's time, and lets this run instead of it, while the machine stands still.
+            if !matches!((&theirs).read(&mut [0]), Ok(1)) {
+                return 1;
+            }
             let result = own
                 .try_clone()
                 .map_err(|error| error.to_string())
@@ -107,7 +116,7 @@ impl LayerInProgress {
             let answer = result.map_or_else(Answer::Failed, Answer::Written);
             let sent = serde_json::to_vec(&answer).is_ok_and(|mut line| {
                 line.push(b'\n');
-                (&question).write_all(&line).is_ok()
+                (&theirs).write_all(&line).is_ok()
             });
             // To take its memory down takes a millisecond, which who has the answer has better uses for. Where that could not be sent, its end is the answer.
             if sent {
@@ -117,15 +126,25 @@ impl LayerInProgress {
             }
             1
         })?;
-        Ok(Self { child, answer })
+        Ok(Self(LayerInProgress { child, socket }))
     }
 
+    /// Has it written. The machine should run again by now.
+    pub fn write(self) -> LayerInProgress {
+        let Self(layer) = self;
+        // A child that is gone will not answer either.
+        let _ = (&layer.socket).write_all(b"\n");
+        layer
+    }
+}
+
+impl LayerInProgress {
     /// Waits until the layer is written and on the disk, or until `is_given_up` says, which is asked now and then, that nobody wants it any more. Returns the
     /// process that has written it as well, which has memory as it was until it is dropped: that ends it, and takes a millisecond.
     pub fn finish(mut self, is_given_up: impl Fn() -> bool) -> io::Result<(LayerSummary, Child)> {
         let mut line = Vec::new();
         while !line.ends_with(b"\n") {
-            let mut fds = [PollFd::new(&self.answer, PollFlags::IN)];
+            let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
             match poll(&mut fds, Some(&GIVEN_UP_PAUSE)) {
                 Ok(0) if is_given_up() => {
                     return Err(io::Error::other("nobody waits for the snapshot any more"));
@@ -135,7 +154,7 @@ impl LayerInProgress {
                 Err(errno) => return Err(errno.into()),
             }
             let mut piece = [0; 1024];
-            match self.answer.read(&mut piece)? {
+            match self.socket.read(&mut piece)? {
                 0 => break,
                 len => line.extend_from_slice(&piece[..len]),
             }
@@ -232,8 +251,8 @@ mod tests {
 
     fn save(memory: &GuestMemory, lineage: Lineage<'_>) -> (Layer, LayerSummary) {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let layer = LayerInProgress::begin(memory, file.as_file(), file.path(), lineage).unwrap();
-        let (summary, _) = layer.finish(|| false).unwrap();
+        let layer = FrozenMemory::take(memory, file.as_file(), file.path(), lineage).unwrap();
+        let (summary, _) = layer.write().finish(|| false).unwrap();
         (
             Layer::open(file.reopen().unwrap(), file.path()).unwrap(),
             summary,
@@ -360,10 +379,9 @@ mod tests {
         (0..128).for_each(|page| fill(&memory, page, 1));
         let file = tempfile::NamedTempFile::new().unwrap();
         let layer =
-            LayerInProgress::begin(&memory, file.as_file(), file.path(), Lineage::default())
-                .unwrap();
+            FrozenMemory::take(&memory, file.as_file(), file.path(), Lineage::default()).unwrap();
         (0..128).for_each(|page| fill(&memory, page, 2));
-        layer.finish(|| false).unwrap();
+        layer.write().finish(|| false).unwrap();
         let layer = Layer::open(file.reopen().unwrap(), file.path()).unwrap();
         assert_eq!(first_bytes(&restored(vec![layer])), [1; 128]);
     }
@@ -378,10 +396,10 @@ mod tests {
             }
         });
         // Nobody writes, nobody closes.
-        let (answer, _question) = pipe().unwrap();
+        let (socket, _theirs) = UnixStream::pair().unwrap();
         let layer = LayerInProgress {
             child: child.unwrap(),
-            answer,
+            socket,
         };
         let asked = std::cell::Cell::new(0);
         let given_up = layer.finish(|| asked.replace(asked.get() + 1) > 0);
@@ -395,14 +413,14 @@ mod tests {
         let memory = memory::create(&RAM).unwrap();
         (0..128).for_each(|page| fill(&memory, page, 1));
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let layer = LayerInProgress::begin(
+        let layer = FrozenMemory::take(
             &memory,
             &full,
             Path::new("memory.layer"),
             Lineage::default(),
         )
         .unwrap();
-        let error = layer.finish(|| false).unwrap_err().to_string();
+        let error = layer.write().finish(|| false).unwrap_err().to_string();
         assert!(error.contains("memory.layer"), "{error}");
     }
 }

@@ -16,7 +16,7 @@ use snapshot_fmt::state_file;
 use super::SnapshotError;
 use super::description::cpu;
 use super::disk_layer::{DiskChains, DiskToSave};
-use super::memory_layer::{LayerInProgress, Lineage};
+use super::memory_layer::{FrozenMemory, LayerInProgress, Lineage};
 use crate::agent::{Agent, Quiet};
 use crate::devices::virtio::blk::backup::Moment;
 use crate::machine::Machine;
@@ -154,11 +154,12 @@ pub fn freeze<D>(
     let frozen = machine.freeze(|mut state: MachineState| {
         state.settle_agent(quiet.as_ref().and_then(Quiet::state));
         let (had, moment) = (start.elapsed(), monotonic_ns());
-        let memory = LayerInProgress::begin(machine.memory(), layer, path, lineage);
+        let memory = FrozenMemory::take(machine.memory(), layer, path, lineage);
         (state, memory, disks(), moment, had, start.elapsed())
     })?;
     let pause = start.elapsed();
     let (state, memory, disks, moment, had, freeze) = frozen;
+    let memory = memory.map(FrozenMemory::write);
     Ok(Frozen {
         state,
         disks,

@@ -4,7 +4,6 @@
 //! called. Invariant: it takes no lock that another thread may have held, so it does not log, and it never returns into the
 //! caller's code: it leaves by `_exit`. Allocating is all right: the C library makes its allocator usable in a child.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -134,10 +133,4 @@ fn close_range(from: RawFd, to: RawFd) {
         // SAFETY: nothing in the child uses these descriptors; it never drops what owns them.
         unsafe { libc::syscall(libc::SYS_close_range, from, to, 0) };
     }
-}
-
-/// A pipe: what the child writes, the parent reads.
-pub fn pipe() -> io::Result<(File, File)> {
-    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-    Ok((File::from(read), File::from(write)))
 }
