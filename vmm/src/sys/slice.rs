@@ -3,13 +3,13 @@
 //! What serves a machine does little at a time, and has waited for that until a processor of some machine, which always has something to do, was at the end of its slice.
 //! With a short slice of its own a thread runs when it is woken, and gets no more than its share all the same.
 //!
-//! A processor of a machine has a long one. Where many of them want the host's, the timer of each guest is due again whenever it has its turn: in a slice that is little longer than
+//! A processor of a machine has the usual one, and on a software KVM a long one. Where many of them want the host's, there the timer of each guest is due again whenever it has its turn: in a slice that is little longer than
 //! serving that takes, it gets to nothing else.
 
 /// The shortest slice that Linux knows, in nanoseconds.
 const SHORT_NS: u64 = 100_000;
-/// A slice in which a guest on a software KVM gets well beyond its timer. Linux knows slices up to five times as long.
-const LONG_NS: u64 = 20_000_000;
+/// A slice in which a guest on a software KVM gets well beyond its timer. Whoever is to stand still may wait for all others to have had theirs.
+const LONG_NS: u64 = 10_000_000;
 
 /// Gives the calling thread, and those that it starts, short slices.
 pub fn shorten() {
@@ -19,6 +19,11 @@ pub fn shorten() {
 /// Gives the calling thread long slices.
 pub fn lengthen() {
     set(LONG_NS);
+}
+
+/// Gives the calling thread the slices that the host gives by default.
+pub fn reset() {
+    set(0);
 }
 
 /// How the calling thread is scheduled.
@@ -51,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_thread_starts_has_short_slices_until_it_has_long_ones() {
+    fn what_a_thread_starts_has_short_slices_until_it_has_others() {
         let ns = || attributes().unwrap().sched_runtime;
         let usual = ns();
         let of_started = thread::spawn(move || {
@@ -59,14 +64,17 @@ mod tests {
             let started = thread::spawn(move || {
                 let inherited = ns();
                 lengthen();
-                (inherited, ns())
+                let long = ns();
+                reset();
+                (inherited, long, ns())
             });
             (ns(), started.join().unwrap())
         });
-        let (own, (inherited, long)) = of_started.join().unwrap();
+        let (own, (inherited, long, reset)) = of_started.join().unwrap();
         // A kernel before 6.12 has none to tell of.
         if usual > 0 {
             assert_eq!((own, inherited, long), (SHORT_NS, SHORT_NS, LONG_NS));
+            assert_eq!(reset, usual);
         }
     }
 }

@@ -70,7 +70,11 @@ impl VcpuThread {
             .name(format!("vcpu{}", context.id))
             .stack_size(STACK_SIZE)
             .spawn(move || {
-                slice::lengthen();
+                if context.software {
+                    slice::lengthen();
+                } else {
+                    slice::reset();
+                }
                 if context.id == 0 {
                     context.timings.mark("first KVM_RUN");
                 }
