@@ -9,10 +9,12 @@
 pub mod demand;
 pub mod server;
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -35,6 +37,11 @@ use crate::reaper::Reaper;
 
 /// How long a pool may take for each step of an answer. One that is slower is worse than none.
 const PATIENCE: Duration = Duration::from_millis(200);
+
+/// Where the GNU C library is told how to work.
+const TUNABLES: &str = "GLIBC_TUNABLES";
+/// No thread keeps a cache of freed memory.
+const NO_CACHE: &str = "glibc.malloc.tcache_count=0";
 
 /// What a client asks for.
 #[derive(Debug, Serialize, Deserialize)]
@@ -164,6 +171,19 @@ fn new_shell_for(machine: &Machine, layers: &[File], reaper: &Reaper) -> io::Res
     Ok(socket)
 }
 
+/// What shells are to have in [`TUNABLES`], with what there is already: the C library is not to keep what is freed for whoever allocates next, on pages that a
+/// child never uses again.
+fn tunables(own: Option<OsString>) -> OsString {
+    let mut all = own.unwrap_or_default();
+    if !all.as_bytes().ends_with(NO_CACHE.as_bytes()) {
+        if !all.is_empty() {
+            all.push(":");
+        }
+        all.push(NO_CACHE);
+    }
+    all
+}
+
 fn start_shell(args: &[&str], reaper: &Reaper) -> io::Result<UnixStream> {
     let (socket, theirs) = UnixStream::pair()?;
     let mut command = Command::new("/proc/self/exe");
@@ -172,8 +192,7 @@ fn start_shell(args: &[&str], reaper: &Reaper) -> io::Result<UnixStream> {
         command.arg("--confined");
     }
     let process = command
-        // The C library keeps what is freed for whoever allocates next, on pages that a child never uses again.
-        .env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+        .env(TUNABLES, tunables(std::env::var_os(TUNABLES)))
         .stdin(OwnedFd::from(theirs))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -195,4 +214,19 @@ fn give(client: &UnixStream, shell: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     sendmsg(client, &[IoSlice::new(b"s")], &mut rights, flags)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_user_tells_the_c_library_stays() {
+        let once = tunables(None);
+        assert_eq!(once, NO_CACHE);
+        assert_eq!(tunables(Some(once.clone())), once);
+        let more = tunables(Some("glibc.pthread.rseq=0".into()));
+        assert_eq!(more, format!("glibc.pthread.rseq=0:{NO_CACHE}").as_str());
+        assert_eq!(tunables(Some(more.clone())), more);
+    }
 }
