@@ -1,19 +1,21 @@
 //! `vmm pause`, `resume`, `stop` and `rm`: each does the same to every sandbox that is named.
 
+use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::panic::resume_unwind;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::Value;
 
 use super::{CliError, find_failed};
 use crate::control::client::{ClientError, ask};
 use crate::control::types::{StopRequest, StopView};
+use crate::host;
 use crate::logger::complain;
 use crate::sandbox::list::{Sandbox, find};
 use crate::sandbox::remove;
@@ -24,8 +26,8 @@ use crate::timings::millis;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a process may take to be gone.
 const GONE_PATIENCE: Duration = Duration::from_secs(10);
-/// How many sandboxes at once.
-const AT_ONCE: usize = 16;
+/// How many sandboxes at once, per processor of the host.
+const AT_ONCE: usize = 4;
 /// How long to wait for its end at a time.
 const LOOK: Timespec = Timespec {
     tv_sec: 0,
@@ -35,7 +37,7 @@ const LOOK: Timespec = Timespec {
 /// Sandboxes.
 #[derive(Debug, Args)]
 pub struct Names {
-    /// Names, or beginnings of ids
+    /// Names, or beginnings of ids; of several, in no particular order
     #[arg(required = true, value_name = "NAME")]
     names: Vec<String>,
 }
@@ -84,25 +86,29 @@ impl Names {
     /// Does `act` to each, some at once: most of the time is spent waiting for processes to be gone. One failure does not stop the others; the last
     /// is the command's.
     fn each(&self, act: impl Fn(&Sandbox) -> Result<(), CliError> + Sync) -> Result<u8, CliError> {
-        let next = AtomicUsize::new(0);
+        let mut seen = HashSet::new();
+        // One that is named twice is dealt with once.
+        let is_new = move |found: &Result<Sandbox, _>| {
+            found
+                .as_ref()
+                .map_or(true, |found| seen.insert(found.record.id.clone()))
+        };
+        let found: Vec<_> = self.names.iter().map(|name| find(name)).collect();
+        let found = found.into_iter().filter(is_new).enumerate();
+        let found = Mutex::new(found);
+        let next = || found.lock().unwrap_or_else(PoisonError::into_inner).next();
         let work = || {
             let mut failures = Vec::new();
-            loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                let Some(name) = self.names.get(index) else {
-                    return failures;
-                };
-                let done = find(name)
-                    .map_err(find_failed)
-                    .and_then(|found| act(&found));
+            while let Some((index, found)) = next() {
+                let done = found.map_err(find_failed).and_then(|found| act(&found));
                 failures.extend(done.err().map(|error| (index, error)));
             }
+            failures
         };
+        let at_once = self.names.len().min(host::processors() * AT_ONCE);
         let mut failures = thread::scope(|scope| {
-            let others = (1..self.names.len().min(AT_ONCE)).map_while(|_| {
-                // With fewer it takes longer.
-                Builder::new().spawn_scoped(scope, work).ok()
-            });
+            // With fewer it takes longer.
+            let others = (1..at_once).map_while(|_| Builder::new().spawn_scoped(scope, work).ok());
             let others: Vec<_> = others.collect();
             let mut failures = work();
             for other in others {
@@ -214,7 +220,7 @@ fn end(sandbox: &Sandbox, time: Duration) -> Result<(), CliError> {
             sandbox.record.name
         )),
         Ok(_) => {}
-        Err(_) if time.is_zero() => kill(sandbox)?,
+        Err(_) if time.is_zero() => kill(sandbox, process.as_ref())?,
         // It may have ended meanwhile.
         Err(error) => {
             return match find(&sandbox.record.id) {
@@ -239,12 +245,11 @@ fn process(sandbox: &Sandbox) -> Option<OwnedFd> {
     lives.then_some(process)
 }
 
-fn kill(sandbox: &Sandbox) -> Result<(), CliError> {
-    // The lock is held, so the process that wrote its number lives: the number is nobody else's.
-    let killed = pid(sandbox).map(|pid| kill_process(pid, Signal::KILL));
-    match killed {
-        Some(Ok(()) | Err(rustix::io::Errno::SRCH)) => Ok(()),
-        _ => Err(CliError::Monitor(format!(
+/// Kills the process of a sandbox, where it still lives.
+fn kill(sandbox: &Sandbox, process: Option<&OwnedFd>) -> Result<(), CliError> {
+    match process.map(|process| pidfd_send_signal(process, Signal::KILL)) {
+        None | Some(Ok(()) | Err(rustix::io::Errno::SRCH)) => Ok(()),
+        Some(Err(_)) => Err(CliError::Monitor(format!(
             "cannot kill process {} of {}",
             sandbox.record.pid, sandbox.record.name
         ))),
