@@ -154,9 +154,12 @@ impl LayerInProgress {
                 Err(errno) => return Err(errno.into()),
             }
             let mut piece = [0; 1024];
-            match self.socket.read(&mut piece)? {
-                0 => break,
-                len => line.extend_from_slice(&piece[..len]),
+            match self.socket.read(&mut piece) {
+                Ok(0) => break,
+                Ok(len) => line.extend_from_slice(&piece[..len]),
+                // It has ended before it was told to write.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
+                Err(error) => return Err(error),
             }
         }
         match serde_json::from_slice(&line) {
@@ -406,6 +409,22 @@ mod tests {
         assert!(given_up.unwrap_err().to_string().contains("nobody waits"));
         assert_eq!(asked.get(), 2);
         save(&memory, Lineage::default());
+    }
+
+    #[test]
+    fn a_writer_that_ends_before_it_has_written_is_an_error() {
+        for reads in [true, false] {
+            let (socket, theirs) = UnixStream::pair().unwrap();
+            let child = Child::fork(&[theirs.as_fd()], |_| {
+                let mut told = vec![0; usize::from(reads)];
+                u8::from((&theirs).read(&mut told).is_err())
+            });
+            drop(theirs);
+            let child = child.unwrap();
+            let layer = FrozenMemory(LayerInProgress { child, socket }).write();
+            let error = layer.finish(|| false).unwrap_err().to_string();
+            assert!(error.contains("ended before it had"), "{error}");
+        }
     }
 
     #[test]
