@@ -75,6 +75,7 @@ mod tests {
         if usual > 0 {
             assert_eq!((own, inherited, long), (SHORT_NS, SHORT_NS, LONG_NS));
             assert_eq!(reset, usual);
+            assert!(usual > SHORT_NS);
         }
     }
 }
