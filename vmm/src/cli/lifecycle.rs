@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
-use std::panic::resume_unwind;
+use std::sync::mpsc::channel;
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
@@ -87,35 +87,31 @@ impl Names {
     /// is the command's.
     fn each(&self, act: impl Fn(&Sandbox) -> Result<(), CliError> + Sync) -> Result<u8, CliError> {
         let mut seen = HashSet::new();
+        let mut found: Vec<_> = self.names.iter().map(|name| find(name)).collect();
         // One that is named twice is dealt with once.
-        let is_new = move |found: &Result<Sandbox, _>| {
-            found
-                .as_ref()
-                .map_or(true, |found| seen.insert(found.record.id.clone()))
-        };
-        let found: Vec<_> = self.names.iter().map(|name| find(name)).collect();
-        let found = found.into_iter().filter(is_new).enumerate();
-        let found = Mutex::new(found);
-        let next = || found.lock().unwrap_or_else(PoisonError::into_inner).next();
-        let work = || {
-            let mut failures = Vec::new();
-            while let Some((index, found)) = next() {
-                let done = found.map_err(find_failed).and_then(|found| act(&found));
-                failures.extend(done.err().map(|error| (index, error)));
-            }
-            failures
-        };
-        let at_once = self.names.len().min(host::processors() * AT_ONCE);
-        let mut failures = thread::scope(|scope| {
-            // With fewer it takes longer.
-            let others = (1..at_once).map_while(|_| Builder::new().spawn_scoped(scope, work).ok());
-            let others: Vec<_> = others.collect();
-            let mut failures = work();
-            for other in others {
-                failures.extend(other.join().unwrap_or_else(|panic| resume_unwind(panic)));
-            }
-            failures
+        found.retain(|found| {
+            let id = found.as_ref().map(|found| found.record.id.clone());
+            id.map_or(true, |id| seen.insert(id))
         });
+        let at_once = found.len().min(host::processors() * AT_ONCE);
+        let found = Mutex::new(found.into_iter().enumerate());
+        let next = || found.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let (sender, failures) = channel();
+        let work = || {
+            while let Some((index, found)) = next() {
+                if let Err(error) = found.map_err(find_failed).and_then(|found| act(&found)) {
+                    // It is received below.
+                    let _ = sender.send((index, error));
+                }
+            }
+        };
+        thread::scope(|scope| {
+            let spawn = |_| Builder::new().spawn_scoped(scope, work).is_ok();
+            // With fewer it takes longer.
+            let _ = (1..at_once).all(spawn);
+            work();
+        });
+        let mut failures: Vec<_> = failures.try_iter().collect();
         failures.sort_by_key(|(index, _)| *index);
         let last = failures.pop();
         for (_, earlier) in failures {
