@@ -7,7 +7,7 @@ use std::process::Command;
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed=RUSTC_LINKER");
-    // Another target's compiler need not be told by this variable.
+    // For another target, `cc` need not be what links.
     let is_ours = var_os("HOST") == var_os("TARGET");
     if !is_ours || env::var("CARGO_CFG_TARGET_ENV").as_deref() != Ok("gnu") {
         return;
